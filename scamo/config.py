@@ -1,0 +1,315 @@
+"""Configurations: frozen dataclasses, read from TOML. An unknown key is an error, never ignored."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from scamo.errors import ScaMoError
+
+T = TypeVar("T")
+
+# Codebook sizes as the paper names them -> FSQ levels of the released code (their product is the real size).
+FSQ_LEVELS: dict[int, tuple[int, ...]] = {
+    256: (8, 6, 5),
+    512: (8, 8, 8),
+    1024: (8, 5, 5, 5),
+    2048: (8, 8, 6, 5),
+    4096: (7, 5, 5, 5, 5),
+    16384: (8, 8, 8, 6, 5),
+    65536: (8, 8, 8, 5, 5, 5),
+}
+
+# Tab. 1 of the paper: name -> (layers, heads, width).
+MODEL_SIZES: dict[str, tuple[int, int, int]] = {
+    "44M": (8, 8, 512),
+    "111M": (12, 12, 768),
+    "343M": (24, 16, 1024),
+    "775M": (36, 20, 1280),
+    "1.4B": (48, 24, 1536),
+    "3B": (24, 32, 3200),
+}
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The conv auto-encoder and its quantiser (paper section 3.1; released code for the network).
+
+    codebook_size: one of the paper's names (256 ... 65536), or the product of `levels` when those are given.
+    """
+
+    codebook_size: int = 65536
+    levels: tuple[int, ...] | None = None
+    feature_dim: int = 263
+    width: int = 512
+    latent_width: int = 512
+    downsample_stages: int = 2
+    depth: int = 3
+    dilation_base: int = 3
+
+    def __post_init__(self) -> None:
+        if self.levels is None and self.codebook_size not in FSQ_LEVELS:
+            known = ", ".join(str(size) for size in FSQ_LEVELS)
+            raise ScaMoError(
+                f"codebook_size = {self.codebook_size} has no FSQ levels: use one of {known}, or give levels"
+            )
+        if self.levels is not None:
+            object.__setattr__(self, "levels", tuple(int(level) for level in self.levels))
+            if not self.levels or min(self.levels) < 2:
+                raise ScaMoError(f"levels = {list(self.levels)}: expected at least one level, each 2 or more")
+        _positive(self, "feature_dim", "width", "latent_width", "downsample_stages", "depth", "dilation_base")
+
+    @property
+    def fsq_levels(self) -> tuple[int, ...]:
+        return self.levels if self.levels is not None else FSQ_LEVELS[self.codebook_size]
+
+    @property
+    def codes(self) -> int:
+        """Number of codes K: the product of the levels (64,000 for codebook_size 65536)."""
+        product = 1
+        for level in self.fsq_levels:
+            product *= level
+        return product
+
+    @property
+    def downsampling(self) -> int:
+        """Frames per token."""
+        return 2**self.downsample_stages
+
+
+@dataclass(frozen=True)
+class TokenizerTrainingConfig:
+    """Tokenizer training (paper Tab. 4 and the defaults that the released code inherits)."""
+
+    steps: int = 200_000
+    batch_size: int = 256
+    window: int = 64
+    learning_rate: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.003
+    milestone: float = 0.6
+    decay: float = 0.05
+    position_weight: float = 0.5
+    clip_norm: float = 0.0
+    validate_every: int = 5000
+    log_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "batch_size", "window", "learning_rate", "validate_every", "log_every")
+
+
+@dataclass(frozen=True)
+class TokenizerRunConfig:
+    """What `scamo tokenizer train` reads: [tokenizer] and [training]."""
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    training: TokenizerTrainingConfig = field(default_factory=TokenizerTrainingConfig)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The text-prefix transformer (paper section 3.2 and Tab. 1).
+
+    size names a row of Tab. 1; layers, heads and width override it, and stand alone when size is "".
+    codes (the number K of motion tokens) and text_width are taken from the dataset when they are 0.
+    """
+
+    size: str = "44M"
+    layers: int = 0
+    heads: int = 0
+    width: int = 0
+    codes: int = 0
+    text_width: int = 0
+    max_text: int = 150
+    max_motion: int = 50
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.size and self.size not in MODEL_SIZES:
+            raise ScaMoError(f"size = {self.size!r} is not known: use one of {', '.join(MODEL_SIZES)}, or ''")
+        if self.size:
+            layers, heads, width = MODEL_SIZES[self.size]
+            for name, value in (("layers", layers), ("heads", heads), ("width", width)):
+                object.__setattr__(self, name, getattr(self, name) or value)
+        _positive(self, "layers", "heads", "width", "max_text", "max_motion")
+        if self.width % self.heads:
+            raise ScaMoError(f"width = {self.width} does not divide by heads = {self.heads}")
+        if self.head_dim % 4 or self.head_dim > 128:
+            raise ScaMoError(
+                f"width / heads = {self.head_dim}: the attention kernels need a multiple of 4 up to 128"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """SwiGLU width: 8/3 of the width, rounded up to a multiple of 256."""
+        return -(-int(8 * self.width / 3) // 256) * 256
+
+    @property
+    def max_positions(self) -> int:
+        """Text, motion and EOS: 201 in the paper."""
+        return self.max_text + self.max_motion + 1
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens and the text states come from: a dataset folder and the names inside it."""
+
+    dataset: str = ""
+    tokens: str = ""
+    text: str = ""
+    tokenizer: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.dataset:
+            raise ScaMoError("data.dataset is missing: the folder that `scamo prepare` wrote")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Transformer training (paper Tab. 4). A step is `micro_batches` packed batches over all ranks.
+
+    micro_batch_tokens: positions (text + motion) of one packed micro-batch at most.
+    micro_batches: micro-batches of a step over all ranks; ranks x accumulation must equal it.
+    drop_token: probability that a sample loses one token at its head or tail (released code: 1/3).
+    """
+
+    run: str = "runs/scamo"
+    steps: int = 100_000
+    micro_batch_tokens: int = 16_384
+    micro_batches: int = 1
+    learning_rate: float = 2e-4
+    min_learning_rate: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-6
+    warmup_ratio: float = 0.1
+    clip_norm: float = 1.0
+    drop_token: float = 1 / 3
+    validate_every: int = 1000
+    validate_batches: int = 0
+    save_every: int = 1000
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(
+            self, "steps", "micro_batch_tokens", "micro_batches", "learning_rate", "validate_every",
+            "save_every", "keep_checkpoints", "log_every",
+        )  # fmt: skip
+        if not 0 <= self.drop_token <= 1:
+            raise ScaMoError(f"drop_token = {self.drop_token}: expected a probability in [0, 1]")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `train.py --config` reads: [data], [model] and [training]."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ScaMoError(f"{name} = {getattr(config, name)}: expected a value above 0")
+
+
+def load_config(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()) -> T:
+    """Read `cls` from a TOML file; `overrides` are "section.key=value" strings (values in TOML syntax).
+
+    Raises ScaMoError naming the file and the key: unreadable TOML, an unknown or missing key, a wrong type.
+    """
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ScaMoError(f"{path}: no such configuration file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ScaMoError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ScaMoError(f"override {override!r}: expected section.key=value")
+        try:
+            parsed = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            parsed = value  # a bare word is a string
+        *sections, name = key.strip().split(".")
+        target = data
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ScaMoError(f"override {override!r}: {section} is not a section")
+        target[name] = parsed
+    return from_dict(cls, data, where=str(path))
+
+
+def from_dict(cls: type[T], data: dict[str, Any], *, where: str = "config") -> T:
+    """Build the dataclass `cls` from a plain dict, strictly. Raises ScaMoError naming `where` and the key."""
+    return _build(cls, data, where, "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dict of a config (tuples become lists): what JSON stores and `from_dict` reads back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _build(cls: type[T], data: Any, where: str, prefix: str) -> T:
+    if not isinstance(data, dict):
+        raise ScaMoError(f"{where}: {prefix or 'the file'}: expected a table of keys, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, 1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(fields)}"
+            raise ScaMoError(f"{where}: unknown key {prefix}{key}{hint}")
+    values = {}
+    for name, f in fields.items():
+        if name in data:
+            values[name] = _convert(hints[name], data[name], where, prefix + name)
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ScaMoError(f"{where}: missing key {prefix}{name}")
+    try:
+        return cls(**values)
+    except ScaMoError as error:
+        raise ScaMoError(f"{where}: {'[' + prefix[:-1] + '] ' if prefix else ''}{error}") from None
+
+
+def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where, key + ".")
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+        origin = typing.get_origin(hint)
+    if origin is tuple:
+        arguments = typing.get_args(hint)
+        if not isinstance(value, list | tuple):
+            raise ScaMoError(f"{where}: {key} = {value!r}: expected a list")
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise ScaMoError(f"{where}: {key} = {value!r}: expected {len(arguments)} values")
+        return tuple(_convert(arguments[0], v, where, f"{key}[{i}]") for i, v in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ScaMoError(f"{where}: {key} = {value!r}: expected {hint.__name__}")
+    return value
