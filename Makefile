@@ -1,0 +1,42 @@
+# `make quickstart` and `make test` do all the set-up on a fresh machine: a virtual environment and the packages.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+EXTRAS ?= minilm,test
+# DeepSpeed looks for ninja, and torch for the C++ compiler, on the PATH.
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help install quickstart test lint types bench clean
+
+help:
+	@echo "make quickstart  corpus, tokenizer, ZeRO-3 training, generation and pictures in about ten minutes"
+	@echo "make test        lint, types and every test"
+	@echo "make bench       the benchmark suite"
+	@echo "make install     only the virtual environment in $(VENV)"
+
+install: $(BIN)/.scamo-installed
+
+$(BIN)/.scamo-installed: setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $@
+
+quickstart: install
+	$(BIN)/scamo quickstart
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
