@@ -12,7 +12,7 @@ def brute_force(query, clips):
     for name, clip in clips:
         short, long = sorted((query, clip), key=len)
         for start in range(len(long) - len(short) + 1):
-            delta = (long[start : start + len(short), 3:67] - short[:, 3:67]).astype(np.float64)
+            delta = long[start : start + len(short), 3:67].astype(np.float64) - short[:, 3:67]
             distance = 1000 * np.sqrt((delta**2).sum() / (len(short) * 22))
             if distance < best[0]:
                 best = (distance, name, start if len(query) <= len(clip) else 0)
