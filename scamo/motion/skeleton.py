@@ -104,14 +104,14 @@ DEFAULT_OFFSETS: np.ndarray = _left_and_right(
 )
 
 # Unit directions of the bones where the inverse kinematics of the 263 features calls a rotation identity.
-# They define the format (Guo et al. 2022): arms hang, the two shoulders differ, the head points forward.
+# They define the format (Guo et al. 2022): arms hang from the collars, the head points forward.
 RAW_OFFSETS: np.ndarray = np.zeros((N_JOINTS, 3), dtype=np.float32)
 for _direction, _joints in {
     (1, 0, 0): (1, 13),
     (-1, 0, 0): (2, 14),
     (0, 1, 0): (3, 6, 9, 12),
-    (0, 0, 1): (10, 11, 15, 16),
-    (0, -1, 0): (4, 5, 7, 8, 17, 18, 19, 20, 21),
+    (0, 0, 1): (10, 11, 15),
+    (0, -1, 0): (4, 5, 7, 8, 16, 17, 18, 19, 20, 21),
 }.items():
     RAW_OFFSETS[list(_joints)] = _direction
 RAW_OFFSETS.setflags(write=False)
