@@ -1,0 +1,251 @@
+"""Folders that are either whole or absent: written beside their place, checked, flushed, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import glob
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from scamo.errors import ScaMoError
+
+HEADER_BYTES = 128  # of every .npy written here: room for any shape, and aligned for memory mapping
+CHUNK_BYTES = 1 << 22
+
+
+@contextlib.contextmanager
+def whole_folder(
+    folder: Path, *, overwrite: bool = False, verify: Callable[[Path], object] | None = None
+) -> Iterator[Path]:
+    """Yield an empty temporary sibling of `folder`; on a clean exit it is verified, flushed and renamed.
+
+    After any exception the temporary folder is removed and an existing `folder` is untouched. An existing
+    folder is replaced only with `overwrite`, in one step, and only if it holds a manifest.json (so that a
+    mistyped path never deletes something else). What a killed writer left behind is removed by the next one.
+
+    Raises:
+        ScaMoError: `folder` exists and may not be replaced, or cannot be created.
+    """
+    _check_replaceable(folder, overwrite)
+    prefix = f".{folder.name}.writing-{socket.gethostname()}-"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for old in folder.parent.glob(f"{glob.escape(prefix)}*"):
+            if not _alive(old.name[len(prefix) :].split("-")[0]):
+                shutil.rmtree(old, ignore_errors=True)
+        temporary = folder.parent / f"{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        temporary.mkdir()
+    except OSError as error:
+        raise ScaMoError(f"{folder}: cannot be written: {error.strerror}") from None
+    try:
+        yield temporary
+        if verify is not None:
+            verify(temporary)
+        for path in sorted(temporary.rglob("*"), reverse=True):
+            _fsync(path)
+        _fsync(temporary)
+        _check_replaceable(folder, overwrite)
+        if folder.exists():
+            _exchange(temporary, folder)
+        else:
+            os.rename(temporary, folder)
+        _fsync(folder.parent)
+    finally:
+        # The name now holds the unfinished folder, the replaced one, or nothing.
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path, overwrite: bool) -> None:
+    if not os.path.lexists(folder):
+        return
+    if not overwrite:
+        raise ScaMoError(f"{folder} exists: choose another name, or ask for it to be overwritten")
+    if folder.is_symlink() or not (folder / "manifest.json").is_file():
+        raise ScaMoError(f"{folder} exists and has no manifest.json: it was not written here, so it is kept")
+
+
+def _alive(pid: str) -> bool:
+    if not pid.isdigit():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap two folders in one step where the system can (Linux's renameat2), else in two renames."""
+    at_cwd, swap = -100, 2
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 and renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), swap) == 0:
+        return
+    aside = second.with_name(f"{first.name}.old")
+    os.rename(second, aside)
+    os.rename(first, second)
+    os.rename(aside, first)
+
+
+def npy_header(dtype: DTypeLike, shape: tuple[int, ...]) -> bytes:
+    """The .npy header of a C-ordered array, padded so that the shape can be filled in later."""
+    described = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    text = repr({"descr": described, "fortran_order": False, "shape": shape}).encode()
+    body = text.ljust(HEADER_BYTES - 11) + b"\n"
+    if len(body) != HEADER_BYTES - 10:
+        raise ValueError(f"array of shape {shape}: its header exceeds {HEADER_BYTES} bytes")
+    return b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body
+
+
+class ArrayStream:
+    """A .npy file (rows, *row_shape) that grows by `append`; `close` fills in the number of rows."""
+
+    def __init__(self, path: Path, dtype: DTypeLike, row_shape: tuple[int, ...] = ()) -> None:
+        self.path, self.dtype, self.row_shape = path, np.dtype(dtype), row_shape
+        self.rows = 0
+        self._hash = hashlib.sha256()
+        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115
+        self._file.write(npy_header(self.dtype, (0, *row_shape)))
+
+    def append(self, rows: NDArray) -> None:
+        """Append rows (n, *row_shape)."""
+        if rows.shape[1:] != self.row_shape:
+            raise ValueError(f"{self.path.name}: rows of shape {rows.shape[1:]}, expected {self.row_shape}")
+        data = np.ascontiguousarray(rows, dtype=self.dtype).tobytes()
+        self._file.write(data)
+        self._hash.update(data)
+        self.rows += rows.shape[0]
+
+    def close(self) -> dict[str, Any]:
+        """Finish the file; returns its record (bytes, sha256, dtype, shape) after reading it back.
+
+        Raises OSError when the disk holds other bytes than were written.
+        """
+        shape = (self.rows, *self.row_shape)
+        self._file.seek(0)
+        self._file.write(npy_header(self.dtype, shape))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        whole = hashlib.sha256()
+        body = hashlib.sha256()
+        with open(self.path, "rb") as file:
+            whole.update(file.read(HEADER_BYTES))
+            while chunk := file.read(CHUNK_BYTES):
+                whole.update(chunk)
+                body.update(chunk)
+        if body.digest() != self._hash.digest():
+            raise OSError(f"{self.path.name}: the bytes read back differ from those written")
+        record = {"bytes": self.path.stat().st_size, "sha256": whole.hexdigest()}
+        return record | {"dtype": self.dtype.str, "shape": list(shape)}
+
+    def abandon(self) -> None:
+        self._file.close()
+
+
+def write_array(path: Path, array: NDArray) -> dict[str, Any]:
+    """Write a whole array; returns its record."""
+    stream = ArrayStream(path, array.dtype, array.shape[1:])
+    stream.append(array)
+    return stream.close()
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write manifest.json with one line per record of a list."""
+    (folder / "manifest.json").write_text(
+        json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
+
+
+def read_manifest(folder: Path, *, format: str, schema_version: int) -> dict[str, Any]:
+    """Read folder/manifest.json and check what it says it is.
+
+    Raises ScaMoError naming the file: missing, not JSON, of another format or of another schema version.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ScaMoError(f"{path}: no such file; {folder} is not a finished {format} folder") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ScaMoError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != format:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ScaMoError(f"{path}: format {found!r}, expected {format!r}")
+    if manifest.get("schema_version") != schema_version:
+        raise ScaMoError(
+            f"{path}: schema_version {manifest.get('schema_version')!r}, this version reads {schema_version}"
+        )
+    return manifest
+
+
+def check_files(folder: Path, manifest: dict[str, Any], *, hashes: bool) -> None:
+    """Compare every file that the manifest lists with its size (and SHA-256).
+
+    Raises ScaMoError naming the first file that is missing, cut, or changed.
+    """
+    for name, record in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ScaMoError(f"{path}: missing; the manifest lists it with {record['bytes']} bytes")
+        size = path.stat().st_size
+        if size != record["bytes"]:
+            what = "truncated" if size < record["bytes"] else "too long"
+            raise ScaMoError(f"{path}: {what}: {size} bytes, expected {record['bytes']}")
+        if hashes and sha256_of(path) != record["sha256"]:
+            raise ScaMoError(f"{path}: corrupt: its SHA-256 is not the one in the manifest")
+
+
+def map_array(folder: Path, name: str, manifest: dict[str, Any]) -> NDArray:
+    """Memory-map folder/name read-only; dtype and shape must be those of the manifest.
+
+    Raises ScaMoError naming the file and what was found and expected.
+    """
+    path, record = folder / name, manifest["files"].get(name)
+    if record is None:
+        raise ScaMoError(f"{folder / 'manifest.json'}: does not list {name}")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        size = path.stat().st_size if path.is_file() else 0
+        raise ScaMoError(
+            f"{path}: unreadable ({size} bytes, expected {record['bytes']}): {str(error).splitlines()[0]}"
+        ) from None
+    if array.dtype.str != record["dtype"] or list(array.shape) != record["shape"]:
+        raise ScaMoError(
+            f"{path}: {array.dtype.str} {list(array.shape)}, expected {record['dtype']} {record['shape']}"
+        )
+    return np.asarray(array)
