@@ -34,6 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from scamo.data import storage
 from scamo.errors import ScaMoError
+from scamo.motion.features import FEATURE_DIM, FEATURE_GROUPS
 
 FORMAT = "scamo-motion-dataset"
 TOKENS_FORMAT = "scamo-motion-tokens"
@@ -41,9 +42,6 @@ TEXT_FORMAT = "scamo-text-states"
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
 
-# HumanML3D averages the standard deviation inside these groups: yaw velocity, planar velocity, height,
-# positions, rotations, velocities, contacts. A feature that hardly moves thus cannot explode when normalised.
-STATISTICS_GROUPS_263 = ((0, 1), (1, 3), (3, 4), (4, 67), (67, 193), (193, 259), (259, 263))
 # Below any real spread of a feature (HumanML3D's smallest group has 0.0128); a constant feature stays finite.
 STD_FLOOR = 1e-4
 
@@ -90,12 +88,15 @@ class Moments:
 
 
 def grouped_std(std: NDArray[np.float64]) -> NDArray[np.float64]:
-    """HumanML3D's averaging of 263 standard deviations inside 7 groups; other widths stay per feature."""
-    if std.shape[0] != 263:
+    """HumanML3D's averaging of 263 standard deviations inside 7 groups; other widths stay per feature.
+
+    A feature that hardly moves thus cannot explode when it is normalised.
+    """
+    if std.shape[0] != FEATURE_DIM:
         return std
     grouped = np.empty_like(std)
-    for start, end in STATISTICS_GROUPS_263:
-        grouped[start:end] = std[start:end].mean()
+    for group in FEATURE_GROUPS.values():
+        grouped[group] = std[group].mean()
     return grouped
 
 
@@ -122,7 +123,7 @@ class DatasetWriter:
         self,
         folder: str | Path,
         *,
-        feature_dim: int = 263,
+        feature_dim: int = FEATURE_DIM,
         fps: float = 20.0,
         provenance: dict[str, Any] | None = None,
         overwrite: bool = False,
