@@ -86,7 +86,12 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class TokenizerTrainingConfig:
-    """Tokenizer training (paper Tab. 4 and the defaults that the released code inherits)."""
+    """Tokenizer training (paper Tab. 4 and the defaults that the released code inherits).
+
+    position_weight: extra weight of the local positions, features 4:67 (the released code's 0.5).
+    root_weight: extra weight of the root's velocities and height, features 0:4, which paths are integrated from.
+    precision: of the convolutions: float32, bfloat16, or auto (bfloat16 where matrix units make it fast).
+    """
 
     steps: int = 200_000
     batch_size: int = 256
@@ -98,6 +103,8 @@ class TokenizerTrainingConfig:
     milestone: float = 0.6
     decay: float = 0.05
     position_weight: float = 0.5
+    root_weight: float = 0.0
+    precision: str = "float32"
     clip_norm: float = 0.0
     validate_every: int = 5000
     log_every: int = 50
@@ -105,6 +112,8 @@ class TokenizerTrainingConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "steps", "batch_size", "window", "learning_rate", "validate_every", "log_every")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ScaMoError(f"precision = {self.precision!r}: expected auto, float32 or bfloat16")
 
 
 @dataclass(frozen=True)
