@@ -283,19 +283,43 @@ def evaluate_text_following(
 
 
 @app.command
-def demo(run: Positional[Path], out: Out, *, seed: int = 0, device: str = "auto") -> None:
-    """Generate one motion per action of the synthetic corpus and write OUT/motions.html, .png and .gif.
+def demo(
+    run: Positional[Path],
+    out: Out,
+    *,
+    dataset: Path | None = None,
+    split: Literal["train", "val", "test"] = "test",
+    count: int = 8,
+    seed: int = 0,
+    temperature: float = 1.0,
+    device: str = "auto",
+) -> None:
+    """Generate motions for sentences that were never trained on, and write OUT/motions.html, .png and .json.
+
+    Beside each motion stands the nearest window of the training clips and its distance, so that a copy shows.
 
     Args:
         run: a training run or an exported model.
         out: folder for the pictures.
+        dataset: take the sentences from this dataset; the synthetic prompts without it.
+        split: which part of the dataset.
+        count: number of sentences, evenly spread.
         seed: of the sampling.
+        temperature: of the sampling.
         device: auto, cpu or cuda.
     """
-    from scamo.generation.demo import demo
+    from scamo.evaluation.demo import demo
 
-    for path in demo(run, out, seed=seed, device=device):
-        print(path)
+    demo(
+        run,
+        out,
+        dataset=dataset,
+        split=split,
+        count=count,
+        seed=seed,
+        temperature=temperature,
+        device=device,
+    )
 
 
 @app.command

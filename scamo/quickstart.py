@@ -87,7 +87,7 @@ def quickstart(out: Path = Path("runs/quickstart"), *, ranks: int = 2) -> dict:
             "generation",
             [*scamo, "evaluate", "text-following", str(run), "--out", str(out / "text_following.json")],
         ),
-        ("pictures", [*scamo, "demo", str(run), "--out", str(out)]),
+        ("pictures", [*scamo, "demo", str(run), "--out", str(out), "--count", "10"]),
     ]
     seconds: dict[str, float] = {}
     for name, command in stages:

@@ -1,0 +1,106 @@
+"""`scamo demo`: motions for unseen sentences, drawn, with the nearest training window beside each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scamo.data.dataset import MotionDataset
+from scamo.errors import ScaMoError
+from scamo.evaluation.nearest import nearest_window
+from scamo.evaluation.text_following import load_prompts
+from scamo.generation.api import ScaMo
+from scamo.motion.render import grid_png, save_html
+
+
+def demo(
+    run: str | Path,
+    out: str | Path,
+    *,
+    dataset: str | Path | None = None,
+    split: str = "test",
+    count: int = 8,
+    seed: int = 0,
+    temperature: float = 1.0,
+    device: str = "auto",
+) -> list[dict[str, Any]]:
+    """Generate `count` motions and write OUT/motions.html, OUT/motions.png and OUT/motions.json.
+
+    Args:
+        run: a training run (whose own train split is searched for the nearest window) or an exported model.
+        out: folder for the files; made when missing.
+        dataset: take every k-th item of `split` and its first caption; the held-out wordings without.
+        split: part of `dataset`.
+        count: number of sentences.
+        seed, temperature: of the sampling.
+        device: auto, cpu or cuda.
+
+    Returns:
+        One dict per motion: text, frames, and, where training clips are at hand, the nearest one with its
+        distance in mm and the same distance for the real motion of that sentence.
+
+    Raises:
+        ScaMoError: no model, dataset or sentences.
+    """
+    if count < 1:
+        raise ScaMoError(f"count = {count}: expected at least one sentence")
+    model = ScaMo.load(run, device=device)
+    real: list[np.ndarray | None]
+    if dataset is not None:
+        source = MotionDataset.open(dataset)
+        items = source.items(split)
+        if not len(items):
+            raise ScaMoError(f"{dataset}: the {split} split has no items")
+        chosen = items[np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
+        texts = [source.caption(int(source.captions_of(int(item))[0])) for item in chosen]
+        real = [np.asarray(source.item_features(int(item))) for item in chosen]
+    else:
+        prompts = [prompt.text for prompt in load_prompts().prompts if prompt.group == "wording"]
+        texts = [prompts[i] for i in np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(int)]
+        real = [None] * len(texts)
+    train_clips = _training_clips(run, dataset)
+
+    motions = model.generate(texts, seed=seed, temperature=temperature)
+    rows: list[dict[str, Any]] = []
+    for text, motion, truth in zip(texts, motions, real, strict=True):
+        row: dict[str, Any] = {"text": text, "frames": len(motion)}
+        if train_clips and motion.features is not None:
+            near = nearest_window(motion.features, train_clips)
+            row |= {
+                "nearest": near.name,
+                "nearest_frame": near.start,
+                "nearest_mm": round(near.distance_mm, 1),
+            }
+            if truth is not None:
+                row["real_nearest_mm"] = round(nearest_window(truth, train_clips).distance_mm, 1)
+        rows.append(row)
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    titles = []
+    for row in rows:
+        note = f"  (nearest training window {row['nearest_mm']:.0f} mm)" if "nearest_mm" in row else ""
+        titles.append(row["text"] + note)
+    save_html(motions, out / "motions.html", titles=titles)
+    grid_png(list(zip(titles, motions, strict=True)), out / "motions.png")
+    (out / "motions.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    for row in rows:
+        print(json.dumps(row))
+    print(out / "motions.html")
+    return rows
+
+
+def _training_clips(run: str | Path, dataset: str | Path | None) -> list[tuple[str, np.ndarray]]:
+    """The train split that the run learnt from, or else that of `dataset`; empty when neither is there."""
+    folder = dataset
+    config = Path(run) / "config.json"
+    if config.is_file():
+        folder = json.loads(config.read_text(encoding="utf-8")).get("data", {}).get("dataset") or dataset
+    if not folder or not Path(folder).is_dir():
+        return []
+    source = MotionDataset.open(folder)
+    clips = sorted({source.item_clip(int(item)) for item in source.items("train")})
+    return [(source.clip_names[clip], np.asarray(source.clip_features(clip))) for clip in clips]

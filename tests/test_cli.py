@@ -1,0 +1,54 @@
+"""The command line: help is quick and complete, bad input is one line and a status that is not 0."""
+
+import subprocess
+import sys
+
+import pytest
+
+from scamo import cli
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from scamo.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'deepspeed'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for command in ("doctor", "prepare", "encode-text", "tokenizer", "generate", "view", "quickstart"):
+        assert command in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "info", "nowhere"], "nowhere"),
+        (["tokenizer", "train", "nowhere", "-o", "out", "--config", "none.toml"], "none.toml"),
+        (["tokenizer", "evaluate", "nowhere", "nothing"], "nowhere"),
+        (["encode-text", "nowhere", "--encoder", "minilm"], "nowhere"),
+        (["generate", "a person walks", "-o", "motion.docx", "--run", "nowhere"], "motion.docx"),
+        (["generate", "a person walks", "-o", "motion.npz", "--run", "nowhere"], "nowhere"),
+        (["view", "nowhere.npz", "-o", "x.gif"], "nowhere.npz"),
+        (["prepare", "humanml3d", "nowhere", "out"], "nowhere"),
+        (["evaluate", "text-following", "nowhere"], "nowhere"),
+    ],
+    ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("scamo: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    assert "torch" in report
+    assert "train (ZeRO-3)" in report
