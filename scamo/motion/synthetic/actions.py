@@ -334,32 +334,51 @@ def _go(style: Style, spec: Spec, rng: np.random.Generator, short: bool) -> Segm
 
 def _circle(style: Style, spec: Spec, rng: np.random.Generator, short: bool) -> Segment:
     pace = rng.uniform(*WALK_SPEED[spec.speed or "normal"])
-    low, high = {"slow": (0.55, 0.66), "normal": (0.7, 0.95), "fast": (0.95, 1.3)}[spec.speed or "normal"]
+    low, high = {"slow": (0.6, 0.72), "normal": (0.9, 1.15), "fast": (1.35, 1.7)}[spec.speed or "normal"]
     radius = rng.uniform(low, high) * style.body.leg
     gait = _walk_gait(style, pace, 0.0)
     sign = 1 if spec.turn == "left" else -1
-    around = math.radians(rng.uniform(345, 372))
+    around = math.radians(rng.uniform(353, 367))
     speed = pace * style.body.leg
     seconds = around * radius / speed + gait.ease
-    segment = _stepping(
-        style, gait, speed=speed, direction=0.0, seconds=seconds, turn=sign * around, turn_span=(0.0, 1.0),
+    return _stepping(
+        style,
+        gait,
+        speed=speed,
+        direction=0.0,
+        seconds=seconds,
+        turn=sign * around,
+        turn_span=(0.0, 1.0),
         lead=0 if sign > 0 else 1,
-    )  # fmt: skip
-    return segment
+    )
 
 
 def _turn(style: Style, spec: Spec, rng: np.random.Generator, short: bool) -> Segment:
     angle = float(spec.angle or 180) + rng.uniform(-14, 14)
     sign = 1 if spec.turn == "left" else -1
-    rate = rng.uniform(80, 120) * style.tempo * (1.35 if spec.angle == "360" else 1.0)
+    # A whole turn in less than four seconds would cancel the heading that the 263 features smooth over one.
+    rate = rng.uniform(78, 90) if spec.angle == "360" else rng.uniform(80, 115) * style.tempo
     gait = _Gait(
-        cadence=rng.uniform(2.2, 2.8) * (1.15 if spec.angle == "360" else 1.0),
-        duty=0.6, height=rng.uniform(0.03, 0.06), heel=0.35, kick=0.0, toe=0.0, spread=0.0, early=0.5, ease=0.4,
-    )  # fmt: skip
+        cadence=rng.uniform(2.2, 2.8),
+        duty=0.6,
+        height=rng.uniform(0.03, 0.06),
+        heel=0.35,
+        kick=0.0,
+        toe=0.0,
+        spread=0.0,
+        early=0.5,
+        ease=0.4,
+    )
     segment = _stepping(
-        style, gait, speed=0.0, direction=0.0, seconds=max(1.3, angle / rate + 0.5),
-        turn=sign * math.radians(angle), turn_span=(0.0, 1.0), lead=0 if sign > 0 else 1,
-    )  # fmt: skip
+        style,
+        gait,
+        speed=0.0,
+        direction=0.0,
+        seconds=max(1.3, angle / rate + 0.5),
+        turn=sign * math.radians(angle),
+        turn_span=(0.0, 1.0),
+        lead=0 if sign > 0 else 1,
+    )
     pace = np.gradient(segment.body[:, rig.YAW])
     segment.body[:, rig.LOOK] += 2.0 * pace
     segment.body[:, rig.TWIST] += 1.2 * pace

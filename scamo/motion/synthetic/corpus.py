@@ -16,6 +16,7 @@ from scamo.motion.synthetic.spec import (
     FIRST,
     HELD_OUT,
     HELD_OUT_PAIRS,
+    NOT_PAIRED,
     SECOND,
     Spec,
 )
@@ -71,7 +72,7 @@ def draw_spec(rng: np.random.Generator, sequences: float) -> Spec:
     while True:
         first = FIRST[int(np.searchsorted(_FIRST_SHARES, rng.random()))]
         second = SECOND[int(np.searchsorted(_SECOND_SHARES, rng.random()))]
-        if first != second and (first, second) not in HELD_OUT_PAIRS:
+        if first != second and (first, second) not in HELD_OUT_PAIRS | NOT_PAIRED:
             break
     one, two = (draw_part(_TRAINED[name], rng) for name in (first, second))
     return replace(one, then=two)
