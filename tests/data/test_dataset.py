@@ -1,5 +1,6 @@
 """The dataset on disk: what goes in comes out, and what is broken is named."""
 
+import itertools
 import json
 import os
 import signal
@@ -108,7 +109,7 @@ def test_statistics_of_263_features_are_averaged_in_seven_groups(tmp_path):
     np.testing.assert_allclose(data.mean, train.mean(0), rtol=1e-6)
     edges = np.cumsum([0, 1, 2, 1, 63, 126, 66, 4])
     assert edges[-1] == 263
-    for start, end in zip(edges[:-2], edges[1:-1], strict=True):
+    for start, end in itertools.pairwise(edges[:-1]):
         np.testing.assert_allclose(data.std[start:end], train.std(0)[start:end].mean(), rtol=1e-5)
     np.testing.assert_array_equal(data.std[259:], np.float32(STD_FLOOR))
     assert data.manifest["statistics"]["floored_features"] == [259, 260, 261, 262]
