@@ -1,0 +1,236 @@
+"""ScaMo's transformer (paper section 3.2): text states as a bidirectional prefix, then motion tokens.
+
+Sizes are those of Tab. 1. Positions are packed (scamo.data.batches): no layer computes on padding.
+
+Parameters, and their names in the released checkpoints (under `ckpt["trans"]`):
+
+    embedding.weight         (K + 2, C)         transformer.wte.weight
+    text_projection.weight   (C, text width)    llama_proj.weight
+    text_projection.bias     (C,)               llama_proj.bias
+    blocks.{i}.norm_1.weight (C,)               transformer.h.{i}.rms_1.scale
+    blocks.{i}.qkv.weight    (3 C, C) q | k | v transformer.h.{i}.attn.c_attn.weight
+    blocks.{i}.out.weight    (C, C)             transformer.h.{i}.attn.c_proj.weight
+    blocks.{i}.norm_2.weight (C,)               transformer.h.{i}.rms_2.scale
+    blocks.{i}.gate_up.weight (2 hidden, C)     transformer.h.{i}.mlp.c_fc1.weight | .c_fc2.weight, gate first
+    blocks.{i}.down.weight   (C, hidden)        transformer.h.{i}.mlp.c_proj.weight
+    norm.weight              (C,)               transformer.ln_f.scale
+    head.weight              (K + 1, C)         lm_head.weight
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from scamo_kernels import prefix_causal_attention
+from torch import Tensor, nn
+
+from scamo.config import ModelConfig
+from scamo.data.batches import PackedBatch
+from scamo.errors import ScaMoError
+from scamo.models.layers import Block, Head, RMSNorm, rotary_table, small_init
+
+
+class LMOutput(NamedTuple):
+    """loss_sum: float32 (), sum over the scored rows of the cross-entropy in nats, differentiable.
+
+    losses: float32 (S,), the same per row, without gradient. n_scored: S.
+    """
+
+    loss_sum: Tensor
+    losses: Tensor
+    n_scored: int
+
+
+@dataclass
+class KVCache:
+    """Keys and values of every layer, written in place.
+
+    states (layers, 2, rows, H, capacity, D): keys (rotated) and values; lengths int64 (rows,): positions that
+    are filled; longest: the longest row there ever was, known without asking the device.
+    """
+
+    states: Tensor
+    lengths: Tensor
+    longest: int
+
+    @property
+    def rows(self) -> int:
+        return self.lengths.shape[0]
+
+    def keep(self, rows: list[int]) -> KVCache:
+        """The cache of `rows` (increasing) only, in their order; shares the memory and spoils this cache."""
+        for new, old in enumerate(rows):
+            if new != old:
+                self.states[:, :, new] = self.states[:, :, old]
+                self.lengths[new] = self.lengths[old]
+        return KVCache(self.states[:, :, : len(rows)], self.lengths[: len(rows)], self.longest)
+
+
+class PrefixLM(nn.Module):
+    """Text-prefix transformer for K motion codes; EOS is K (a target only), PAD is K + 1 (never used).
+
+    Initialisation: linear layers and the head normal with std sqrt(2 / (5 C)) (GPT-NeoX's small init),
+    divided by sqrt(2 layers) where a branch enters the residual stream (out, down); embedding and text
+    projection normal with std 0.02 and 1 / sqrt(text width), bias 0, norms 1.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Raises ScaMoError when config.codes or config.text_width is 0 (to be filled from a dataset)."""
+        super().__init__()
+        for name in ("codes", "text_width"):
+            if getattr(config, name) < 1:
+                raise ScaMoError(f"model.{name} = {getattr(config, name)}: expected a value above 0")
+        self.config = config
+        width = config.width
+        self.embedding = nn.Embedding(config.codes + 2, width)
+        self.text_projection = nn.Linear(config.text_width, width)
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.hidden, config.norm_eps) for _ in range(config.layers)
+        )
+        self.norm = RMSNorm(width, config.norm_eps)
+        self.head = Head(width, config.codes + 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew from torch's global generator."""
+        std = small_init(self.config.width)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            elif name == "embedding.weight":
+                nn.init.normal_(parameter, std=0.02)
+            elif name == "text_projection.weight":
+                nn.init.normal_(parameter, std=1 / math.sqrt(self.config.text_width))
+            elif name.endswith(("out.weight", "down.weight")):
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.layers))
+            else:
+                nn.init.normal_(parameter, std=std)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    def block_parameters(self) -> int:
+        """Parameters of the blocks and the last norm: N without embeddings, head and text projection."""
+        return sum(p.numel() for m in (self.blocks, self.norm) for p in m.parameters())
+
+    def forward(self, batch: PackedBatch) -> LMOutput:
+        """Cross-entropy of the scored rows (motion tokens and EOS; paper Eq. 5). See LMOutput.
+
+        Raises:
+            ScaMoError: a sample is longer than config.max_positions.
+        """
+        hidden = self.hidden_states(batch)
+        loss_sum, losses = self.head(hidden, batch.targets)
+        return LMOutput(loss_sum, losses, batch.n_scored)
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """float32 (S, K + 1): what the scored rows predict, all in memory at once (for small batches)."""
+        return self.head(self.hidden_states(batch))
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """(S, C): the normalised last hidden states of the scored rows."""
+        self._check_length(batch.max_seqlen)
+        x = torch.zeros(batch.n_positions, self.config.width, dtype=self.dtype, device=batch.positions.device)
+        x = x.index_copy(0, batch.text_rows, self.text_projection(batch.text_states.to(self.dtype)))
+        x = x.index_copy(0, batch.motion_rows, self.embedding(batch.motion_tokens))
+        turn = self._table(x.device)[batch.positions]
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            rows = batch.scored_rows if index == last else None
+            x = block(x, turn, batch.cu_seqlens, batch.prefix_lengths, batch.max_seqlen, rows)
+        return self.norm(x)
+
+    @torch.no_grad()
+    def prefill(self, texts: list[Tensor], new_tokens: int) -> tuple[KVCache, Tensor]:
+        """Read the text prefixes; float (P_i, text width) each, at least one row.
+
+        Returns the cache, with room for `new_tokens` more positions, and the float32 logits (B, K + 1) of the
+        first motion token.
+
+        Raises:
+            ScaMoError: an empty text, or a text that leaves no room within config.max_positions.
+        """
+        lengths = [text.shape[0] for text in texts]
+        if min(lengths) < 1:
+            raise ScaMoError(f"text {lengths.index(0)} has no states: expected at least one")
+        longest = max(lengths)
+        self._check_length(longest + new_tokens)
+        device = self.embedding.weight.device
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        prefix = torch.tensor(lengths)
+        sample = torch.repeat_interleave(torch.arange(len(texts)), prefix)
+        position = (torch.arange(starts[-1]) - torch.tensor(starts)[sample]).to(device)
+        sample = sample.to(device)
+        cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
+        prefix = prefix.to(device)
+        prefix_lengths = prefix.to(torch.int32)
+
+        x = self.text_projection(torch.cat(texts).to(device, self.dtype))
+        turn = self._table(device)[position]
+        states = x.new_zeros(
+            len(self.blocks),
+            2,
+            len(texts),
+            self.config.heads,
+            longest + new_tokens,
+            self.config.head_dim,
+        )
+        for block, layer in zip(self._blocks(), states, strict=True):
+            q, k, v = block.project(x, turn)
+            layer[0][sample, :, position] = k
+            layer[1][sample, :, position] = v
+            attended = prefix_causal_attention(q, k, v, cu_seqlens, prefix_lengths, max_seqlen=longest)
+            x = block.finish(x, attended)
+        logits = self.head(self.norm(x[cu_seqlens[1:].long() - 1]))
+        return KVCache(states, prefix, longest), logits
+
+    @torch.no_grad()
+    def decode(self, cache: KVCache, tokens: Tensor) -> Tensor:
+        """Append one motion token per row, int64 (rows,); float32 logits (rows, K + 1) of the next.
+
+        Raises:
+            ScaMoError: the cache is full.
+        """
+        if cache.longest >= cache.states.shape[-2]:
+            raise ScaMoError(f"the cache is full: it has room for {cache.states.shape[-2]} positions")
+        row = torch.arange(cache.rows, device=tokens.device)
+        position = cache.lengths.clone()
+        cache.lengths += 1
+        cache.longest += 1
+        x = self.embedding(tokens)
+        turn = self._table(x.device)[position]
+        seen = torch.arange(cache.longest, device=x.device) <= position[:, None]
+        for block, layer in zip(self._blocks(), cache.states, strict=True):
+            q, k, v = block.project(x, turn)
+            layer[0][row, :, position] = k
+            layer[1][row, :, position] = v
+            keys, values = layer[:, :, :, : cache.longest]
+            attended = F.scaled_dot_product_attention(
+                q[:, :, None], keys, values, attn_mask=seen[:, None, None]
+            )
+            x = block.finish(x, attended[:, :, 0])
+        return self.head(self.norm(x))
+
+    def _blocks(self) -> Iterator[Block]:
+        return (cast(Block, block) for block in self.blocks)
+
+    def _table(self, device: torch.device) -> Tensor:
+        config = self.config
+        return rotary_table(config.max_positions, config.head_dim, config.rope_base, device)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.max_positions:
+            raise ScaMoError(
+                f"a sample of {length} positions: the model has {self.config.max_positions} "
+                f"(max_text {self.config.max_text} + max_motion {self.config.max_motion} + 1)"
+            )
