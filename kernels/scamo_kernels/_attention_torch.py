@@ -1,9 +1,9 @@
 """Packed attention from PyTorch's matrix products: what trains on a CPU.
 
-Samples of similar length are gathered into small padded batches whose scores stay in the cache. On 4096 rows in
-samples of 20-80 (one core, forward and backward) this takes 0.8-0.9 of the time of one SDPA call per sample in
-float32 and 0.3-0.4 in bfloat16. What depends on the lengths only is planned once per batch and kept, keyed by
-the lengths' values, so that a model's layers share it.
+Samples of similar length are gathered into small padded batches whose scores stay in the cache. On 4096 rows
+in samples of 20-80 (one core, forward and backward) this takes 0.8-0.9 of the time of one SDPA call per
+sample in float32 and 0.3-0.4 in bfloat16. What depends on the lengths only is planned once per batch and
+kept, keyed by the lengths' values, so that a model's layers share it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 
@@ -60,3 +61,8 @@ def check_levels(levels: object) -> list[int]:
     if product >= 2**31:
         raise ValueError(f"levels = {list(levels)}: {product} codes do not fit an int32 index")
     return list(levels)
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's device current, as a Triton launch needs; nothing on a CPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

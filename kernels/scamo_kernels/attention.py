@@ -280,7 +280,8 @@ define(
 )
 define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor cu_seqlens, Tensor bounds, bool prefix, SymInt max_seqlen, float scale, str impl) -> (Tensor, Tensor, Tensor)"
+    "Tensor cu_seqlens, Tensor bounds, bool prefix, SymInt max_seqlen, float scale, str impl) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
