@@ -82,11 +82,12 @@ class Motion:
         path = Path(path)
         suffix = check_suffix(path)
         if suffix in (".npz", ".npy"):
-            with replacing(path) as partial:
+            # A file object: given a name, NumPy appends its own suffix to "m.NPY".
+            with replacing(path) as partial, partial.open("wb") as stream:
                 if suffix == ".npy":
-                    np.save(partial, self.joints)
+                    np.save(stream, self.joints)
                 else:
-                    np.savez_compressed(partial, **self._arrays())
+                    np.savez_compressed(stream, **self._arrays())
             return
         from scamo.motion.render import save_gif, save_html, save_mp4, save_png
 

@@ -357,8 +357,8 @@ def grid_png(
 ) -> None:
     """One picture of several motions: for each (title, motion) a strip of poses and the way from above.
 
-    The camera goes along with the body, so that all poses have the same size; the floor and the trail on it stay
-    where they are. `columns` puts several strips side by side. Raises ScaMoError for no rows.
+    The camera goes along with the body, so that all poses have the same size; the floor and the trail on it
+    stay where they are. `columns` puts several strips side by side. Raises ScaMoError for no rows.
     """
     if not rows:
         raise ScaMoError("rows: there is no motion to draw")
