@@ -1,39 +1,49 @@
 """Does a motion do what its sentence says? Measured on the joints alone, against what the sentence mentions.
 
-`measure` looks at joints (never at the sentence) and names one action with its slots; a motion is *exact* when
-everything that the sentence mentions is among these labels. Nothing here comes from the generator of the
+`measure` looks at joints (never at the sentence) and names one action with its slots; a motion is *exact*
+when everything that the sentence mentions is among these labels. Nothing here comes from the generator of the
 synthetic corpus: the thresholds are about human motion, and hold on recorded motion that was labelled by
 others. Lengths are in leg lengths l (thigh + shin), times in frames of 1/20 s.
 
 What a label asks for, by precedence (the first that holds names the action):
     sit     pelvis below 0.75 of its standing height in the last 10 frames
-    jump    both feet above 0.12 l for 3 frames or more at less than 1.8 l/s; count: such flights
-    kick    an ankle above 0.55 l, ahead of or beside the pelvis by 0.25 l, at less than 1.8 l/s; count: peaks
-    punch   wrist away from its shoulder, forward, at more than 3 l/s, to an arm that is nearly straight at
-            shoulder height +- 0.25 l, at less than 1.8 l/s; count: strikes 6 frames apart or more
+    jump    both feet above 0.12 l for 3 frames or more at less than 1.8 l/s; count: such flights, 4 frames
+            apart or more; direction: where they carry the body, if by more than 0.25 l
+    kick    an ankle above 0.55 l, ahead of or beside the pelvis by 0.25 l, at less than 1.8 l/s; count: such
+            intervals, 6 frames apart or more
+    punch   wrist forward from its shoulder at more than 1.8 l/s, from a bent arm (reach below 0.75) to a
+            straight one (above 0.85) at shoulder height +- 0.25 l, pelvis slower than 1.8 l/s; count: such
+            strikes, 6 frames apart or more
     circle  locomotion that turns by 270 degrees or more and ends within 0.35 of the path's diameter
-    run     locomotion above 1.8 l/s with both feet above 0.06 l in more than 10% of the moving frames
+    run     locomotion above 1.6 l/s with both feet 0.04 l off the floor in more than 4% of the moving frames
     walk    any other locomotion: more than 1.5 l of path made at more than 0.3 l/s, on average above 0.5 l/s
     turn    heading changed by more than 30 degrees within 0.5 l of the start
     squat   pelvis below 0.72 of its standing height, then above 0.9, ankles within 0.15 l; count: such dips
-    wave    wrist above the shoulder - 0.1 l with 3 or more lateral reversals about the elbow, each > 0.1 l
-    raise   wrist above the shoulder + 0.1 l for 4 frames or more
-    bow     head tilted forward over the pelvis by more than 25 degrees, pelvis above 0.8; count: such tilts
+    wave    wrist above the shoulder - 0.2 l with 3 or more lateral reversals about the elbow, each > 0.07 l
+    raise   wrist above the shoulder - 0.1 l for 4 frames or more, the trunk tilted by less than 25 degrees
+    bow     head tilted forward over the pelvis by more than 25 degrees, pelvis above 0.8; count: such tilts,
+            below 16 degrees in between
     stand   none of these
+Speed, of walk (and circle) in units of 1.4 l/s and of run in 3.2 l/s: slow below 0.85, fast above 1.25.
 
-Against the rules as first written down, and why (tuned on the corpus and on labelled recordings, never on a
-model's output):
-    - the six slots: a turn's size (90, 180, 360) is a slot of its own, `angle`, since a sentence may mention
-      only the way;
+Against the rules as first written down, and why (tuned on the corpus, on the corpus with noise or smoothing
+added, and on Bandai-Namco's labelled recordings; never on a model's output):
+    - a turn's size (90, 180, 360) is a slot of its own, `angle`: a sentence may mention only the way;
     - standing height is the 90th percentile of the pelvis, kept between 1.05 and 1.2 l: a clip that is mostly
       seated has no standing height of its own;
     - path, flight and speed are taken over the moving frames, and the speed is their median: the mean is
       pulled down by starting and stopping, which says nothing about the pace;
-    - kick and punch need a slow pelvis, kick a foot that is not behind, punch an arm that gets straight:
-      the heels and fists of runners pass the bare heights and speeds;
+    - run asked for 0.06 l, 10% and 1.8 l/s above the lowest twentieth of the feet: elderly and exhausted
+      runners of the recordings stay below (274 of 332 were found), and noise sinks that floor. The floor of
+      this rule is the 40th percentile of the lower foot;
+    - raise asked for 0.1 l above the shoulder: one style of the recordings raises hands to the shoulder only
+      (1,150 of 1,315 were found); wave asked for swings of 0.1 l above the shoulder - 0.1 l (544 of 625);
+    - a strike asked for 3 l/s: smoothing over three frames hides nearly every one. Instead the arm must get
+      straight from bent, which a raised arm does not;
+    - kicks and strikes need a slow pelvis, kicks a foot that is not behind: runners' heels and fists pass;
     - turning on the spot is judged by the distance from the start, not by the summed path, which grows with
       the length of a noisy clip;
-    - a jump has a direction when it carries the body by more than 0.25 l.
+    - a count is "many" from 4 on.
 """
 
 from __future__ import annotations
@@ -95,9 +105,6 @@ class Labels:
     turn: str = NONE
     angle: str = NONE
     count: str = NONE
-
-
-# ---- the measure ------------------------------------------------------------------------------------------
 
 
 def measure(joints: np.ndarray) -> Labels:
@@ -169,7 +176,7 @@ class _View:
 
 
 def _mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` frames along the first axis; at the ends the window shrinks, symmetrically."""
+    """Centred mean over `window` frames along the first axis; at the ends the window shrinks evenly."""
     n = len(values)
     reach = np.minimum(window // 2, np.minimum(np.arange(n), np.arange(n)[::-1]))
     sums = np.concatenate((np.zeros((1, *values.shape[1:])), np.cumsum(values, axis=0)))
@@ -262,7 +269,7 @@ def _punch(v: _View) -> Labels | None:
         straight, bent = reach > 0.85, reach < 0.75
         out = v.along(arm, v.ahead)
         rate = np.diff(out) * FPS
-        fast = np.flatnonzero((rate > 3.0) & (v.speed[1:] < 1.8))
+        fast = np.flatnonzero((rate > 1.8) & (v.speed[1:] < 1.8))
         strikes: list[int] = []
         for frame in fast.tolist():
             end = slice(frame + 1, frame + 5)
@@ -287,7 +294,9 @@ def _locomotion(v: _View) -> Labels | None:
     pace = float(np.median(v.speed[moving]))
     if path <= 1.5 or v.speed[moving].mean() <= 0.5:
         return None
-    flight = (v.feet.min(axis=1) > 0.04)[moving].mean()
+    lower = v.feet.min(axis=1)
+    # Who moves has a foot on the floor most of the time: a steadier floor than the lowest twentieth.
+    flight = (lower - np.percentile(lower, 40) > 0.04)[moving].mean()
     gait = "run" if flight > 0.04 and pace > 1.6 else "walk"
     relative = pace / (3.2 if gait == "run" else 1.4)
     speed = "slow" if relative < 0.85 else "fast" if relative > 1.25 else "normal"
@@ -354,7 +363,7 @@ def _wave_or_raise(v: _View) -> Labels | None:
         above = wrist[:, 1] - v.joints[:, SHOULDER[side], 1]
         lateral = v.along(wrist - elbow, v.aside)
         swings = max(
-            (_reversals(lateral[start:end], 0.055) for start, end in _intervals(above > -0.2, gap=3)),
+            (_reversals(lateral[start:end], 0.07) for start, end in _intervals(above > -0.2, gap=3)),
             default=0,
         )
         waving.append(swings >= 3)
@@ -379,8 +388,6 @@ def _bow(v: _View) -> Labels | None:
         return None
     return Labels("bow", count=_count(_excursions(tilt, 25, 16)))
 
-
-# ---- scoring ------------------------------------------------------------------------------------------------
 
 Part = Mapping[str, str]
 
@@ -437,15 +444,14 @@ def wilson(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[f
     centre = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
-# ---- prompts ------------------------------------------------------------------------------------------------
+    # At the ends the bound is exact; rounding would leave 1 - 2e-16.
+    low = 0.0 if successes == 0 else (centre - spread) / scale
+    return low, 1.0 if successes == trials else (centre + spread) / scale
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sentence that no training caption equals. spec: one or two mappings of the mentioned slots to labels."""
+    """A sentence that is no training caption. spec: one or two mappings of the mentioned slots to labels."""
 
     text: str
     spec: tuple[dict[str, str], ...]
@@ -472,8 +478,8 @@ def default_prompts() -> Path:
 def load_prompts(path: str | Path | None = None) -> PromptSet:
     """Read prompts (JSON lines) with the manifest of the same name (.json) beside them.
 
-    Raises ScaMoError naming the file when it is missing, when its SHA-256 is not the manifest's, or when a line
-    has an unknown group, slot or label.
+    Raises ScaMoError naming the file when it is missing, when its SHA-256 is not the manifest's, or when a
+    line has an unknown group, slot or label.
     """
     path = Path(path) if path is not None else default_prompts()
     manifest_path = path.with_suffix(".json")
@@ -504,18 +510,15 @@ def load_prompts(path: str | Path | None = None) -> PromptSet:
     return PromptSet(tuple(prompts), manifest["constant"], digest)
 
 
-# ---- the report ---------------------------------------------------------------------------------------------
-
-
 def physics(joints: np.ndarray) -> dict[str, float]:
-    """How physical a motion (T, 22, 3) is: foot_skate (share of the foot frames lower than 5 cm that slide by
-    more than 2.5 cm a frame), bone_drift (mean relative deviation of the bones from their median length) and
-    jerk (mean over joints and frames, m/s^3).
+    """How physical a motion (T, 22, 3) is: foot_skate (share of the foot frames lower than 2.5 cm that
+    slide by more than 2.5 cm a frame), bone_drift (mean relative deviation of the bones from their median
+    length) and jerk (mean over joints and frames, m/s^3).
     """
     joints = np.asarray(joints, dtype=np.float64)
     balls = joints[:, BALL]
     height = balls[..., 1] - np.percentile(balls[..., 1], 5)
-    low = np.maximum(height[1:], height[:-1]) < 0.05
+    low = np.maximum(height[1:], height[:-1]) < 0.025
     slide = np.linalg.norm(np.diff(balls[..., [0, 2]], axis=0), axis=-1)
     bones = np.linalg.norm(joints[:, 1:] - joints[:, PARENTS[1:]], axis=-1)
     usual = np.maximum(np.median(bones, axis=0), 1e-9)
@@ -566,9 +569,10 @@ def evaluate(
     motions: joints (T, 22, 3) metres at 20 fps, in the prompts' order; None, an empty, a non-finite or a
     shorter one than 20 frames is wrong and counted under "failures".
     Returns a report of plain values: overall and per group `exact` with Wilson's 95% interval (`low`, `high`)
-    and `chance`, the larger of the 97.5th percentile over permuted specs and the best constant answer;
-    `slots` (sentences of one action; a slot counts where it is mentioned), `actions`, `sequences`, `failures`,
-    `physics` (means over the motions that count) and `prompts`, one entry per prompt.
+    and `chance`, the largest of the 97.5th percentile over permuted specs, the best constant answer per slot
+    (training frequencies), and the best of these motions if it were given to every prompt;
+    `slots` (sentences of one action; a slot counts where it is mentioned), `actions`, `sequences`,
+    `failures`, `physics` (means over the motions that count) and `prompts`, one entry per prompt.
     Raises ScaMoError when the numbers differ or a motion has another shape.
     """
     if len(motions) != len(prompts):
@@ -613,9 +617,11 @@ def evaluate(
             table[rows][:, columns[rows]], permutations=permutations, seed=seed
         )  # fmt: skip
         best_constant = float(constant[rows].mean()) if len(rows) else 0.0
-        return _share(right[rows], max(permuted, best_constant)) | {
+        repeated = float(table[rows][:, columns[rows]].mean(axis=1).max()) if len(rows) else 0.0
+        return _share(right[rows], max(permuted, best_constant, repeated)) | {
             "chance_permuted": permuted,
             "chance_constant": best_constant,
+            "chance_repeated": repeated,
         }
 
     group = np.array([prompt.group for prompt in prompts.prompts])

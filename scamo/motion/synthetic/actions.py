@@ -1,7 +1,7 @@
 """The thirteen actions as channels of the rig (`rig.py`): how each is timed, posed and stepped.
 
-Every action starts and ends standing at rest with the feet side by side (a seat stays a seat), so that any two
-can follow each other without a jump. Lengths that should grow with the body are in leg lengths (`body.leg`).
+Every action starts and ends standing at rest with the feet side by side (a seat stays a seat), so that any
+two can follow each other without a jump. Lengths that grow with the body are in leg lengths (`body.leg`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ FPS = 20
 GRAVITY = 9.81
 
 # Leg lengths per second. A gap of more than a fifth parts the bins.
-WALK_SPEED = {"slow": (0.72, 1.02), "normal": (1.33, 1.55), "fast": (1.95, 2.3)}
+WALK_SPEED = {"slow": (0.72, 1.02), "normal": (1.37, 1.56), "fast": (1.95, 2.3)}
 RUN_SPEED = {"slow": (2.05, 2.42), "normal": (3.05, 3.5), "fast": (4.45, 5.0)}
 DIRECTION = {"forward": 0.0, "left": math.pi / 2, "back": math.pi, "right": -math.pi / 2}
 
@@ -39,7 +40,7 @@ class Style:
 
 @dataclass(frozen=True)
 class Segment:
-    """One action: body (T, N_CHANNELS), feet (T, 2, 5), and the frames [first, last) that may be kept alone."""
+    """One action: body (T, N_CHANNELS), feet (T, 2, 5), and the frames [first, last) that can stand alone."""
 
     body: np.ndarray
     feet: np.ndarray
@@ -93,9 +94,7 @@ def keyed(
     return out
 
 
-def _ball(
-    body: Body, side: int, x: np.ndarray, z: np.ndarray, yaw: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _ball(body: Body, side: int, x: Any, z: Any, yaw: Any) -> tuple[Any, Any]:
     """Ground place of the ball of a flat foot whose ankle stands over (x, z)."""
     bone = body.offsets[10 + side]
     c, s = np.cos(yaw), np.sin(yaw)
@@ -107,7 +106,7 @@ def _neutral_feet(style: Style) -> np.ndarray:
     feet = np.zeros((2, 5))
     for side, sign in ((0, 1), (1, -1)):
         yaw = sign * style.body.toe_out
-        x, z = _ball(style.body, side, np.float64(sign * style.body.stance), np.float64(0.0), np.float64(yaw))
+        x, z = _ball(style.body, side, sign * style.body.stance, 0.0, yaw)
         feet[side] = (x, rig.FLOOR, z, yaw, 0.0)
     return feet
 
@@ -124,9 +123,6 @@ def _aim(channels: np.ndarray, side: int, pose: Sequence[float], weight: np.ndar
 
 def _sides(side: str | None) -> tuple[int, ...]:
     return {"left": (0,), "right": (1,)}.get(side or "", (0, 1))
-
-
-# ---- stepping: walk, run, turn, circle ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -354,7 +350,7 @@ def _circle(style: Style, spec: Spec, rng: np.random.Generator, short: bool) -> 
 
 
 def _turn(style: Style, spec: Spec, rng: np.random.Generator, short: bool) -> Segment:
-    angle = float(spec.angle or 180) + rng.uniform(-14, 14)
+    angle = float(spec.angle or 180) + rng.uniform(-12, 12)
     sign = 1 if spec.turn == "left" else -1
     # A whole turn in less than four seconds would cancel the heading that the 263 features smooth over one.
     rate = rng.uniform(78, 90) if spec.angle == "360" else rng.uniform(80, 115) * style.tempo
@@ -385,13 +381,10 @@ def _turn(style: Style, spec: Spec, rng: np.random.Generator, short: bool) -> Se
     return segment
 
 
-# ---- on the spot ------------------------------------------------------------------------------------------
-
-
 def _stand(style: Style, spec: Spec, rng: np.random.Generator, short: bool) -> Segment:
     t = _clock(rng.uniform(2.0, 4.6))
     channels, feet = _standing(style, len(t))
-    beats = np.linspace(0, t[-1], 4)
+    beats = np.linspace(0, t[-1], 4).tolist()
     channels[:, rig.LOOK] += keyed(t, beats, (0, rng.uniform(-0.5, 0.5), rng.uniform(-0.5, 0.5), 0))
     channels[:, rig.SWAY] += keyed(t, beats, (0, rng.uniform(-0.03, 0.03), rng.uniform(-0.03, 0.03), 0))
     return Segment(channels, feet, 0, len(t))
@@ -450,14 +443,14 @@ def _jump(style: Style, spec: Spec, rng: np.random.Generator, short: bool) -> Se
     feet[:, :, rig.FOOT_Y] += air[:, None]
     feet[:, :, rig.FOOT_PITCH] += pitch[:, None]
 
-    low = np.clip(-rise / depth, 0.0, 1.0)
-    channels[:, rig.PITCH] += 0.3 * low
-    channels[:, rig.BEND] += 0.35 * low
-    channels[:, rig.SHIFT] -= 0.07 * low
+    crouched = np.clip(-rise / depth, 0.0, 1.0)
+    channels[:, rig.PITCH] += 0.3 * crouched
+    channels[:, rig.BEND] += 0.35 * crouched
+    channels[:, rig.SHIFT] -= 0.07 * crouched
     high = np.clip(air / (tuck + 0.2), 0.0, 1.0)
     forward = rng.uniform(0.5, 1.1)
     for side in (0, 1):
-        _aim(channels, side, (-0.6, 0.2, -0.35, 0.15), 0.9 * low)
+        _aim(channels, side, (-0.6, 0.2, -0.35, 0.15), 0.9 * crouched)
         _aim(channels, side, (forward, 0.25, forward + 0.7, 0.15), high)
     return Segment(channels, feet, 0, len(t))
 
@@ -583,8 +576,8 @@ def _punch(style: Style, spec: Spec, rng: np.random.Generator, short: bool) -> S
     count = int(spec.count or 1)
     side = _sides(spec.side)[0]
     ready = rng.uniform(0.35, 0.5)
-    reach, hold, back = rng.uniform(0.15, 0.19), rng.uniform(0.05, 0.12), rng.uniform(0.22, 0.3)
-    rest = rng.uniform(0.2, 0.4)
+    reach, hold, back = rng.uniform(0.15, 0.2), rng.uniform(0.1, 0.2), rng.uniform(0.25, 0.35)
+    rest = rng.uniform(0.25, 0.4)
     now = rng.uniform(0.1, 0.25) + ready + rng.uniform(0.1, 0.35)
     begin = 0.05
     times, weights = [0.0, now], [0.0, 0.0]

@@ -1,7 +1,7 @@
 """Sentences for specs: subjects × verbs × adverbs × templates, a fifth of each kept out of training.
 
-Of every list the words after the bar are held out: they appear in no training caption, only in the prompts for
-held-out wordings. A caption may leave slots unsaid; what it says comes with it as a spec of its own.
+Of every list the words after the bar are held out: they appear in no training caption, only in the prompts
+for held-out wordings. A caption may leave slots unsaid; what it says comes with it as a spec of its own.
 """
 
 from __future__ import annotations
@@ -46,15 +46,18 @@ VERBS: dict[str, Words] = {
         "walk": "walk, walk, step, stride, pace, march, wander, take a walk, move at a walk, go on foot "
         "| stroll, amble",
         "run": "run, run, jog, race, dash, trot, go running, charge, break into a run | sprint, scurry",
-        "jump": "jump, jump, leap, jump up, leap up, bounce, spring into the air, do {n:jump}, perform {n:jump} "
+        "jump": "jump, jump, leap, jump up, leap up, bounce, spring into the air, do {n:jump}, "
+        "perform {n:jump} "
         "| hop, bound up",
         "squat": "squat, squat down, crouch down, do {n:squat}, perform {n:squat}, bend the knees deeply, "
         "drop into a squat, sink into a crouch | dip into a deep knee bend, duck down low",
         "sit": "sit down, take a seat, sit on a chair, sit down on a stool, sink into a chair, "
         "lower the body onto a chair, settle into a seat, sit | plop down on a chair, perch on a stool",
-        "bow": "bow, bow down, take {n:bow}, make {n:bow}, bend forward at the waist, lean forward from the hips, "
+        "bow": "bow, bow down, take {n:bow}, make {n:bow}, bend forward at the waist, "
+        "lean forward from the hips, "
         "bend over, fold forward at the waist | stoop forward, incline the upper body forward",
-        "wave": "wave, wave hello, wave goodbye, give a wave, wave at someone, wave to a friend, greet a friend, "
+        "wave": "wave, wave hello, wave goodbye, give a wave, wave at someone, wave to a friend, "
+        "greet a friend, "
         "greet someone | signal hello, say hi",
         "raise": "raise {limb}, lift {limb}, put {limb} up, hold {limb} up high, bring {limb} up, "
         "lift {limb} overhead, stretch {limb} up, reach up with {limb} | hoist {limb}, elevate {limb}",
@@ -64,7 +67,8 @@ VERBS: dict[str, Words] = {
         "perform {n:front kick} | boot an imaginary ball, lash out",
         "turn": "turn, turn, rotate, spin, pivot, turn on the spot, rotate in place, spin on the spot, "
         "turn in place | swivel, revolve",
-        "circle": "walk in a circle, walk in a circle, go around in a circle, circle around, walk around a circle, "
+        "circle": "walk in a circle, walk in a circle, go around in a circle, circle around, "
+        "walk around a circle, "
         "move in a circle, trace a circle on the floor, walk around in circles "
         "| follow a circular path, orbit around a point",
     }.items()
@@ -87,11 +91,13 @@ def _sided(text: str) -> dict[str, Words]:
 PHRASES: dict[str, dict[str, Words]] = {
     "speed": {
         "slow": Words.parse(
-            "slowly, slowly, at a slow pace, at a slow speed, unhurriedly, in a leisurely way, with slow steps, "
+            "slowly, slowly, at a slow pace, at a slow speed, unhurriedly, in a leisurely way, "
+            "with slow steps, "
             "very slowly | sluggishly, without any hurry"
         ),
         "normal": Words.parse(
-            "at a normal pace, at a normal speed, at a regular pace, at a moderate speed, at an ordinary pace, "
+            "at a normal pace, at a normal speed, at a regular pace, at a moderate speed, "
+            "at an ordinary pace, "
             "at a moderate pace, at the usual pace, at a usual speed | at an average pace, at medium speed"
         ),
         "fast": Words.parse(
@@ -115,7 +121,8 @@ PHRASES: dict[str, dict[str, Words]] = {
     ),
     "bend": _sided(  # a turn on the way
         "turning LEFT, turning to the LEFT, while turning LEFT, in a curve to the LEFT, curving LEFT, "
-        "with a turn to the LEFT, making a LEFT turn, veering to the LEFT | swerving LEFT, bearing to the LEFT"
+        "with a turn to the LEFT, making a LEFT turn, veering to the LEFT | swerving LEFT, "
+        "bearing to the LEFT"
     ),
     "turn": {
         "left": Words.parse(
@@ -141,11 +148,13 @@ PHRASES: dict[str, dict[str, Words]] = {
     },
     "angle": {
         "90": Words.parse(
-            "90 degrees, by 90 degrees, ninety degrees, by ninety degrees, a quarter turn, by a quarter turn, "
+            "90 degrees, by 90 degrees, ninety degrees, by ninety degrees, a quarter turn, "
+            "by a quarter turn, "
             "a quarter of the way around, through 90 degrees | by one quarter, a quarter of a rotation"
         ),
         "180": Words.parse(
-            "180 degrees, by 180 degrees, half a turn, by half a turn, halfway around, to face the other way, "
+            "180 degrees, by 180 degrees, half a turn, by half a turn, halfway around, "
+            "to face the other way, "
             "through 180 degrees, a half turn | to face the opposite way, half of a rotation"
         ),
         "360": Words.parse(
@@ -263,7 +272,7 @@ def _said(spec: Spec, choose: _Chooser, everything: bool) -> Spec:
             chance = 1.0
         if choose.random() < chance:
             keep[name] = value
-    return Spec(spec.action, **keep)
+    return Spec.from_list([{"action": spec.action, **keep}])
 
 
 def _phrase(spec: Spec, said: Spec, choose: _Chooser) -> tuple[str, str, str | None]:
@@ -295,7 +304,7 @@ def _phrase(spec: Spec, said: Spec, choose: _Chooser) -> tuple[str, str, str | N
         parts.append(choose.word(PHRASES["count"][count]))
     if "direction" in slots:
         parts.insert(0, choose.word(PHRASES["direction"][slots["direction"]]))
-    last = []
+    last: list[str] = []
     if "turn" in slots:
         kind = {"turn": "turn", "circle": "ring"}.get(spec.action, "bend")
         (last if kind == "bend" else parts).append(choose.word(PHRASES[kind][slots["turn"]]))

@@ -31,6 +31,11 @@ _TRAINED = {
 }
 
 
+def trained(action: str) -> tuple[Spec, ...]:
+    """The combinations of an action that training shows."""
+    return _TRAINED[action]
+
+
 def _shares(names: tuple[str, ...]) -> np.ndarray:
     """Cumulative share of each action: all are frequent, those with more to tell apart somewhat more."""
     weights = np.array([2.0 + len(_TRAINED[name]) ** 0.7 for name in names])
@@ -79,7 +84,7 @@ def draw_spec(rng: np.random.Generator, sequences: float) -> Spec:
 
 
 def draw_part(options: tuple[Spec, ...], rng: np.random.Generator) -> Spec:
-    """One of `options` for a half of a sequence: three repetitions would not leave time for the other half."""
+    """One of `options` for half of a sequence: three repetitions would not leave time for the other."""
     fitting = [spec for spec in options if spec.count != "3" and spec.angle != "360"]
     return fitting[int(rng.random() * len(fitting))]
 

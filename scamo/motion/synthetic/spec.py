@@ -63,7 +63,7 @@ class Spec:
 
 def _product(action: str, **values: tuple[str | None, ...]) -> list[Spec]:
     return [
-        Spec(action, **dict(zip(values, chosen, strict=True)))
+        Spec.from_list([{"action": action, **{k: v for k, v in zip(values, chosen, strict=True) if v}}])
         for chosen in itertools.product(*values.values())
     ]
 
