@@ -124,9 +124,8 @@ class ScaMo:
             text: a sentence, or several.
             seed: of all sentences, or one for each.
             temperature, top_k, top_p, greedy: see Sampling.
-            max_tokens, max_seconds: limits of the length, the tighter one counts; without them
-            config.max_motion
-                tokens.
+            max_tokens, max_seconds: limits of the length, the tighter one counts; config.max_motion tokens
+                without them.
             batch_size: sentences at a time; bounds the memory.
 
         Returns:

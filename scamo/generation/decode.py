@@ -55,9 +55,9 @@ def generate_tokens(
         if step + 1 == max_tokens or not alive:
             break
         if len(alive) < len(rows):
-            rows = [rows[i] for i in alive]
-            index = torch.tensor(alive, device=tokens.device)
+            cache, order = cache.compact(alive)
+            rows = [rows[i] for i in order]
+            index = torch.tensor(order, device=tokens.device)
             tokens, draws = tokens[index], draws[index]
-            cache = cache.keep(alive)
         logits = model.decode(cache, tokens)
     return [np.array(motion, dtype=np.int32) for motion in motions]

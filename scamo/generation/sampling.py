@@ -75,5 +75,5 @@ def sample(logits: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:
     drawn = noise.to(cumulative.device, torch.float64)[:, None] * cumulative[:, -1:]
     # The first class whose cumulative probability exceeds the draw: never one of probability 0.
     token = torch.searchsorted(cumulative, drawn, right=True)
-    last = torch.searchsorted(cumulative, cumulative[:, -1:])
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     return torch.minimum(token, last).squeeze(1)

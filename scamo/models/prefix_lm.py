@@ -62,13 +62,20 @@ class KVCache:
     def rows(self) -> int:
         return self.lengths.shape[0]
 
-    def keep(self, rows: list[int]) -> KVCache:
-        """The cache of `rows` (increasing) only, in their order; shares the memory and spoils this cache."""
-        for new, old in enumerate(rows):
+    def compact(self, alive: list[int]) -> tuple[KVCache, list[int]]:
+        """A cache of the rows `alive` (increasing) only; it shares the memory and spoils this cache.
+
+        Also returns the order: entry i is the old row that is now row i. Only as many rows move as died.
+        """
+        n = len(alive)
+        living = set(alive)
+        movers = iter([row for row in alive if row >= n])
+        order = [row if row in living else next(movers) for row in range(n)]
+        for new, old in enumerate(order):
             if new != old:
                 self.states[:, :, new] = self.states[:, :, old]
                 self.lengths[new] = self.lengths[old]
-        return KVCache(self.states[:, :, : len(rows)], self.lengths[: len(rows)], self.longest)
+        return KVCache(self.states[:, :, :n], self.lengths[:n], self.longest), order
 
 
 class PrefixLM(nn.Module):
