@@ -7,14 +7,25 @@ m + 1 scored rows. EOS is a target only and never an input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import queue
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from scamo.config import ModelConfig, TrainingConfig
+from scamo.data.dataset import MotionDataset, TextStore, TokenStore
 from scamo.errors import ScaMoError
+
+# Draws of an epoch that stay in memory: a step may reach into the next one, and validation asks for none.
+KEPT_EPOCHS = 2
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,383 @@ def collate(samples: Sequence[Sample], eos: int) -> PackedBatch:
         item_ids=torch.tensor([s.item for s in samples], dtype=torch.int64),
         caption_ids=torch.tensor([s.caption for s in samples], dtype=torch.int64),
     )
+
+
+class Draw(NamedTuple):
+    """One sample: its item, its caption, and the motion token it loses: 0 none, 1 the first, 2 the last."""
+
+    item: int
+    caption: int
+    drop: int
+
+
+class _Epoch(NamedTuple):
+    """The draws of an epoch in their order, (items,) each."""
+
+    items: NDArray[np.int64]
+    captions: NDArray[np.int64]
+    drops: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    scored: NDArray[np.int64]
+
+
+class BatchPlan:
+    """What every micro-batch of every step holds: a pure function of (seed, step).
+
+    An epoch is a permutation of the items; each draw takes one of the item's captions and, with probability
+    drop_token, loses its first or last motion token (released code: 1/3; a lone token stays). The epochs
+    follow one another in one stream, cut greedily into micro-batches of at most micro_batch_tokens positions;
+    step s is micro-batches [s micro_batches, (s + 1) micro_batches). Nothing depends on the number of ranks.
+
+    Items without tokens, or with more than max_motion, are left out and counted in `excluded`.
+
+    Args:
+        items: item ids (n,).
+        motion_lengths: tokens of each (n,).
+        first_captions: id of each item's first caption (n,).
+        caption_counts: captions of each item (n,); their ids follow one another.
+        text_lengths: states of every caption, by caption id; more than max_text are cut off.
+        seed: of the order and the draws.
+        micro_batch_tokens: text and motion positions of a micro-batch at most.
+        micro_batches: of a step, over all ranks.
+        drop_token: probability.
+        max_text: text positions at most.
+        max_motion: motion tokens at most.
+        name_of: item id -> name, for messages.
+
+    Raises:
+        ScaMoError: no item is left, or one does not fit into a micro-batch (the message names it).
+    """
+
+    def __init__(
+        self,
+        items: NDArray[np.int64],
+        motion_lengths: NDArray[np.int64],
+        first_captions: NDArray[np.int64],
+        caption_counts: NDArray[np.int64],
+        text_lengths: NDArray[np.int64],
+        *,
+        seed: int,
+        micro_batch_tokens: int,
+        micro_batches: int,
+        drop_token: float = 1 / 3,
+        max_text: int = 150,
+        max_motion: int = 50,
+        name_of: Callable[[int], str] = str,
+    ) -> None:
+        if seed < 0 or micro_batches < 1 or not 0 <= drop_token <= 1:
+            raise ScaMoError(
+                f"seed = {seed}, micro_batches = {micro_batches}, drop_token = {drop_token}: "
+                "expected 0 or more, 1 or more, and a probability"
+            )
+        self.seed, self.drop_token = seed, drop_token
+        self.micro_batch_tokens, self.micro_batches = micro_batch_tokens, micro_batches
+        self.max_text, self.max_motion = max_text, max_motion
+        self.tokens: TokenStore | None = None
+        self.text: TextStore | None = None
+
+        motion_lengths = np.asarray(motion_lengths, dtype=np.int64)
+        empty, long = motion_lengths < 1, motion_lengths > max_motion
+        self.excluded: dict[str, int] = {
+            "without tokens": int(empty.sum()),
+            f"more than {max_motion} tokens": int(long.sum()),
+        }
+        kept = ~(empty | long)
+        self.items: NDArray[np.int64] = np.asarray(items, dtype=np.int64)[kept]
+        self._motion = motion_lengths[kept]
+        self._first = np.asarray(first_captions, dtype=np.int64)[kept]
+        self._counts = np.asarray(caption_counts, dtype=np.int64)[kept]
+        self._text = np.minimum(np.asarray(text_lengths, dtype=np.int64), max_text)
+        if not len(self.items):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.excluded.items())
+            raise ScaMoError(f"no item to train on: of {len(kept)}, {reasons}")
+        longest = self._motion + np.array(
+            [self._text[a : a + n].max() for a, n in zip(self._first, self._counts, strict=True)]
+        )
+        if longest.max() > micro_batch_tokens:
+            worst = int(longest.argmax())
+            raise ScaMoError(
+                f"micro_batch_tokens = {micro_batch_tokens}: item {self.items[worst]} "
+                f"({name_of(int(self.items[worst]))}) alone takes {longest[worst]} positions"
+            )
+
+        # The first micro-batch of each: where it starts in the stream, its scored tokens, its positions.
+        self._starts = array("q", [0])
+        self._scored = array("q")
+        self._positions = array("q")
+        self._planned_epochs = 0
+        self._open_positions = self._open_scored = 0
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._lock = threading.RLock()  # the trainer asks while a thread packs ahead
+
+    @classmethod
+    def of(
+        cls,
+        dataset: MotionDataset,
+        split: str,
+        tokens: TokenStore,
+        text: TextStore,
+        model: ModelConfig,
+        training: TrainingConfig,
+    ) -> BatchPlan:
+        """The plan of a split of a dataset; it remembers `tokens` and `text` for the loader."""
+        items = dataset.items(split)
+        if not len(items):
+            raise ScaMoError(f"{dataset.folder}: split {split} has no items")
+        spans = [dataset.captions_of(item) for item in items]
+        plan = cls(
+            items,
+            tokens.lengths[items],
+            np.array([span[0] for span in spans]),
+            np.array([len(span) for span in spans]),
+            text.lengths,
+            seed=training.seed,
+            micro_batch_tokens=training.micro_batch_tokens,
+            micro_batches=training.micro_batches,
+            drop_token=training.drop_token,
+            max_text=model.max_text,
+            max_motion=model.max_motion,
+            name_of=dataset.item_name,
+        )
+        plan.tokens, plan.text = tokens, text
+        return plan
+
+    def step(self, step: int) -> list[list[Draw]]:
+        """The draws of every micro-batch of `step`, over all ranks."""
+        first = self._plan(step)
+        return [
+            self._draws(self._starts[k], self._starts[k + 1])
+            for k in range(first, first + self.micro_batches)
+        ]
+
+    def scored(self, step: int) -> int:
+        """Scored tokens (with EOS) of the whole step, over all ranks."""
+        first = self._plan(step)
+        return sum(self._scored[first : first + self.micro_batches])
+
+    def positions(self, step: int) -> int:
+        """Text and motion positions of the whole step, over all ranks."""
+        first = self._plan(step)
+        return sum(self._positions[first : first + self.micro_batches])
+
+    def epochs(self, step: int) -> float:
+        """Passes over the items that are done before `step`."""
+        return self._starts[self._plan(step)] / len(self.items)
+
+    def _plan(self, step: int) -> int:
+        """Plan up to the end of `step`; returns its first micro-batch."""
+        if step < 0:
+            raise ScaMoError(f"step = {step}: expected 0 or more")
+        first = step * self.micro_batches
+        with self._lock:
+            while len(self._scored) < first + self.micro_batches:
+                self._plan_epoch()
+        return first
+
+    def _plan_epoch(self) -> None:
+        epoch = self._epoch(self._planned_epochs)
+        base = self._planned_epochs * len(self.items)
+        positions = np.concatenate([[0], np.cumsum(epoch.positions)])
+        scored = np.concatenate([[0], np.cumsum(epoch.scored)])
+        start = 0
+        while True:
+            room = self.micro_batch_tokens - self._open_positions
+            # The last sample that still fits into the open micro-batch.
+            end = int(np.searchsorted(positions, positions[start] + room, side="right")) - 1
+            self._open_positions += int(positions[end] - positions[start])
+            self._open_scored += int(scored[end] - scored[start])
+            if end == len(self.items):
+                break
+            self._starts.append(base + end)
+            self._scored.append(self._open_scored)
+            self._positions.append(self._open_positions)
+            self._open_positions = self._open_scored = 0
+            start = end
+        self._planned_epochs += 1
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        with self._lock:
+            if epoch in self._epochs:
+                self._epochs.move_to_end(epoch)
+                return self._epochs[epoch]
+            count = len(self.items)
+            # Raw bits: numpy promises their stream for ever, but not that of its distributions.
+            bits = np.random.Philox(np.random.SeedSequence((self.seed, epoch))).random_raw(3 * count)
+            order = np.argsort(bits[:count], kind="stable")
+            uniform = (bits[count:] >> np.uint64(11)) * 2.0**-53
+            choice = np.minimum(
+                (uniform[:count] * self._counts[order]).astype(np.int64), self._counts[order] - 1
+            )
+            captions = self._first[order] + choice
+            motion = self._motion[order]
+            drops = np.select(
+                [motion < 2, uniform[count:] < self.drop_token / 2, uniform[count:] < self.drop_token],
+                [0, 1, 2],
+                0,
+            )
+            motion = motion - (drops > 0)
+            planned = _Epoch(self.items[order], captions, drops, self._text[captions] + motion, motion + 1)
+            self._epochs[epoch] = planned
+            while len(self._epochs) > KEPT_EPOCHS:
+                self._epochs.popitem(last=False)
+            return planned
+
+    def _draws(self, start: int, end: int) -> list[Draw]:
+        count = len(self.items)
+        draws: list[Draw] = []
+        while start < end:
+            number, offset = divmod(start, count)
+            stop = min(offset + end - start, count)
+            epoch = self._epoch(number)
+            columns = (epoch.items, epoch.captions, epoch.drops)
+            draws += map(Draw, *(column[offset:stop].tolist() for column in columns))
+            start += stop - offset
+        return draws
+
+
+class PackedLoader:
+    """Reads and packs what a plan says; rank r of w gets micro-batches r, r + w, ... of every step.
+
+    Args:
+        dataset: the dataset.
+        split: the split that the plan was made of.
+        plan: the plan.
+        rank: of this process.
+        world: number of processes; it divides plan.micro_batches.
+        tokens: the plan's by default.
+        text: the plan's by default.
+
+    Raises:
+        ScaMoError: micro_batches does not divide by world, the plan is of another split, or tokens or text
+            states are missing.
+    """
+
+    def __init__(
+        self,
+        dataset: MotionDataset,
+        split: str,
+        plan: BatchPlan,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        tokens: TokenStore | None = None,
+        text: TextStore | None = None,
+    ) -> None:
+        if not 0 <= rank < world or plan.micro_batches % world:
+            raise ScaMoError(f"micro_batches = {plan.micro_batches} does not divide by the {world} ranks")
+        if not np.isin(plan.items, dataset.items(split)).all():
+            raise ScaMoError(f"the batch plan holds items that are not in split {split} of {dataset.folder}")
+        self.plan, self.rank, self.world = plan, rank, world
+        self._tokens, self._text = _stores(plan, tokens, text)
+
+    def step(self, step: int) -> list[PackedBatch]:
+        """This rank's micro-batches of a step."""
+        return [self._pack(draws) for draws in self.plan.step(step)[self.rank :: self.world]]
+
+    def steps(
+        self, start: int = 0, stop: int | None = None, *, ahead: int = 2, pin: bool = False
+    ) -> Iterator[list[PackedBatch]]:
+        """This rank's micro-batches of steps start, start + 1, ... (stop excluded), packed ahead in a thread.
+
+        At most `ahead` steps wait; pin: in page-locked memory. An error there is raised here, in its turn.
+        """
+        ready: queue.Queue[Any] = queue.Queue(ahead)
+        closed = threading.Event()
+
+        def put(value: Any) -> None:
+            while not closed.is_set():
+                with contextlib.suppress(queue.Full):
+                    ready.put(value, timeout=0.1)
+                    return
+
+        def work() -> None:
+            try:
+                step = start
+                while not closed.is_set() and (stop is None or step < stop):
+                    batches = self.step(step)
+                    put([batch.pin_memory() for batch in batches] if pin else batches)
+                    step += 1
+                put(None)
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=work, name="pack batches", daemon=True)
+        thread.start()
+        try:
+            while (value := ready.get()) is not None:
+                if isinstance(value, BaseException):
+                    raise value
+                yield value
+        finally:
+            closed.set()
+            thread.join()
+
+    def __iter__(self) -> Iterator[tuple[PackedBatch, int]]:
+        """Every micro-batch of this rank from step 0 on, without end, and the scored tokens of its step."""
+        for step, batches in enumerate(self.steps()):
+            for batch in batches:
+                yield batch, self.plan.scored(step)
+
+    def _pack(self, draws: Sequence[Draw]) -> PackedBatch:
+        samples = []
+        for item, caption, drop in draws:
+            motion = self._tokens[item]
+            motion = motion[1:] if drop == 1 else motion[:-1] if drop == 2 else motion
+            samples.append(Sample(self._text[caption][: self.plan.max_text], motion, item, caption))
+        return collate(samples, self._tokens.codes)
+
+
+def validation_batches(
+    dataset: MotionDataset,
+    split: str,
+    plan: BatchPlan,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    tokens: TokenStore | None = None,
+    text: TextStore | None = None,
+) -> Iterator[PackedBatch]:
+    """Every item of a split once, in order, whole and with its first caption: this rank's micro-batches.
+
+    The plan gives the limits (micro_batch_tokens, max_text, max_motion) and the stores. The micro-batches are
+    the same for any number of ranks; rank r of w gets r, r + w, ..., so that some ranks may get one less.
+    Items that a plan excludes are left out here too. Raises ScaMoError for an item that alone exceeds a
+    micro-batch.
+    """
+    tokens, text = _stores(plan, tokens, text)
+    samples: list[Sample] = []
+    used = index = 0
+    for item in dataset.items(split).tolist():
+        motion = tokens[item]
+        if not 1 <= len(motion) <= plan.max_motion:
+            continue
+        caption = int(dataset.captions_of(item)[0])
+        sample = Sample(text[caption][: plan.max_text], motion, item, caption)
+        length = len(sample.text) + len(motion)
+        if length > plan.micro_batch_tokens:
+            raise ScaMoError(
+                f"micro_batch_tokens = {plan.micro_batch_tokens}: item {item} "
+                f"({dataset.item_name(item)}) alone takes {length} positions"
+            )
+        if used + length > plan.micro_batch_tokens:
+            if index % world == rank:
+                yield collate(samples, tokens.codes)
+            index += 1
+            samples, used = [], 0
+        samples.append(sample)
+        used += length
+    if samples and index % world == rank:
+        yield collate(samples, tokens.codes)
+
+
+def _stores(
+    plan: BatchPlan, tokens: TokenStore | None, text: TextStore | None
+) -> tuple[TokenStore, TextStore]:
+    tokens = plan.tokens if tokens is None else tokens
+    text = plan.text if text is None else text
+    if tokens is None or text is None:
+        raise ScaMoError("the batch plan has no tokens and text states, and none were given")
+    return tokens, text
 
 
 def _ranges(counts: NDArray[np.int64]) -> NDArray[np.int64]:

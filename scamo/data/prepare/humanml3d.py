@@ -60,7 +60,7 @@ def prepare_humanml3d(
         source: the folder.
         out: the dataset folder.
         target_offsets: (22, 3) .npy of the uniform skeleton for clips that come as joints. Without it the
-            bones are kept, unless the folder also has vectors and these share one skeleton: then that is used.
+            bones are kept, unless the folder also has vectors and these share a skeleton: then that is used.
         mirror: make the mirrored copies that the split lists name and the folder lacks, from the joints;
             their captions are texts/MNAME.txt, or else NAME's with left and right exchanged. Stored copies
             are always used.
