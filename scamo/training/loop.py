@@ -1,0 +1,602 @@
+"""The training loop of the text-prefix transformer (paper section 3.2, Tab. 4) on a DeepSpeed engine.
+
+Everything that decides the curve is a function of the step: the data order (`BatchPlan`), the rate
+(`learning_rate`), and the scale of the loss (the plan knows how many tokens a step scores). There is no
+random state to save, and micro-batch j of a step is the same on any number of ranks: rank r of w computes
+j = r, r + w, ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scamo.config import ModelConfig, RunConfig, TrainingConfig, to_dict
+from scamo.data.batches import BatchPlan, PackedBatch, PackedLoader, Sample, collate, validation_batches
+from scamo.data.dataset import MotionDataset, TokenStore
+from scamo.data.storage import sha256_of
+from scamo.errors import ScaMoError
+from scamo.generation.export import check_codes, export_model
+from scamo.models.losses import unigram_cross_entropy
+from scamo.models.prefix_lm import PrefixLM
+from scamo.tokenizers import load_tokenizer
+from scamo.training import checkpoint as ckpt
+from scamo.training.ds_config import read_ds_config, resolve_ds_config, resolve_precision
+from scamo.training.engine import (
+    Ranks,
+    build_engine,
+    choose_device,
+    device_facts,
+    gradients_finite,
+    model_state,
+    set_learning_rate,
+)
+from scamo.training.guards import StopFlag, World
+from scamo.training.logging import Progress, RunLog
+from scamo.training.schedule import learning_rate
+
+FORMAT = "scamo-run-1"
+STATUS_NAN = 13
+# Keys of [training] that a resumed run may change: none of them moves the curve.
+FREE_KEYS = {"run", "validate_every", "validate_batches", "save_every", "keep_checkpoints", "log_every"}
+
+
+@dataclass
+class Job:
+    """What one run is made of, checked and not yet started."""
+
+    config: RunConfig
+    ds_config: dict[str, Any]
+    world: World
+    device: torch.device
+    precision: str
+    dataset: MotionDataset
+    fingerprint: dict[str, str]
+    counts: Tensor
+    plan: BatchPlan
+    text_encoder: str
+    folder: Path
+    notes: list[str]
+
+    @property
+    def training(self) -> TrainingConfig:
+        return self.config.training
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def train(
+    config: RunConfig,
+    ds_config: Path,
+    *,
+    world: World | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> int:
+    """Train to `config.training.steps` and export; every rank calls it.
+
+    Args:
+        config: the run.
+        ds_config: DeepSpeed's JSON file ("auto" values are filled in).
+        world: this process among the ranks; from the environment without it.
+        resume: continue from the newest checkpoint that verifies.
+        overwrite: replace an existing run.
+
+    Returns:
+        Exit status: 0 finished and exported; 13 stopped before a step with a NaN (nothing was updated);
+        128 + signal after SIGINT or SIGTERM (a checkpoint was saved).
+
+    Raises:
+        ScaMoError: bad input, on all ranks alike and before anything is written.
+    """
+    world = world or World.from_environment()
+    job = _prepare(config, ds_config, world, resume=resume, overwrite=overwrite)
+    ranks = Ranks(world, job.device)
+    torch.manual_seed(config.training.seed)
+    model = PrefixLM(job.config.model)
+    engine = build_engine(model, job.ds_config, job.training, job.device)
+    status = _Loop(job, ranks, engine, parameters=_count(model)).run(resume=resume, overwrite=overwrite)
+    ranks.close()
+    return status
+
+
+def _count(model: torch.nn.Module) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+def _prepare(config: RunConfig, ds_path: Path, world: World, *, resume: bool, overwrite: bool) -> Job:
+    """All checks that need no other rank and write nothing."""
+    training = config.training
+    folder = Path(training.run)
+    _check_folder(folder, resume=resume, overwrite=overwrite)
+    raw = read_ds_config(ds_path)
+    device = choose_device(world)
+    name, native = device_facts(device)
+    precision = resolve_precision(
+        raw.get("bf16", {}).get("enabled", "auto"), name, native, cuda=device.type == "cuda", path=ds_path
+    )
+    resolved = resolve_ds_config(raw, training, world=world.size, bf16=precision.bf16, path=ds_path)
+
+    dataset = MotionDataset.open(config.data.dataset)
+    tokens = dataset.tokens(config.data.tokens)
+    text = dataset.text_states(config.data.text)
+    model = _complete_model(config.model, codes=tokens.codes, text_width=text.width)
+    config = dataclasses.replace(config, model=model)
+    _check_tokenizer(config.data.tokenizer, tokens, model)
+    plan = BatchPlan.of(dataset, "train", tokens, text, model, training)
+    fingerprint = {
+        "dataset": dataset.manifest_sha256,
+        "tokens": sha256_of(tokens.folder / "manifest.json"),
+        "text": sha256_of(text.folder / "manifest.json"),
+    }
+    job = Job(
+        config=config,
+        ds_config=resolved,
+        world=world,
+        device=device,
+        precision="bf16" if precision.bf16 else "fp32",
+        dataset=dataset,
+        fingerprint=fingerprint,
+        counts=torch.from_numpy(tokens.unigram("train")),
+        plan=plan,
+        text_encoder=text.encoder,
+        folder=folder,
+        notes=[precision.note] if precision.note else [],
+    )
+    job.notes.extend(f"left out of training: {n} items {why}" for why, n in plan.excluded.items() if n)
+    if resume:
+        job.notes += _check_same_run(job)
+    return job
+
+
+def _complete_model(model: ModelConfig, *, codes: int, text_width: int) -> ModelConfig:
+    """Fill codes and text_width from the dataset; a stated value must agree with it."""
+    for name, value in (("codes", codes), ("text_width", text_width)):
+        stated = getattr(model, name)
+        if stated not in (0, value):
+            raise ScaMoError(f"model.{name} = {stated}, but the dataset has {value}: leave it out, or 0")
+    return dataclasses.replace(model, codes=codes, text_width=text_width)
+
+
+def _check_tokenizer(folder: str, tokens: TokenStore, model: ModelConfig) -> None:
+    """The tokenizer becomes part of the export: better to know now than after the training."""
+    if not folder:
+        raise ScaMoError("data.tokenizer is missing: the folder of the tokenizer that made the tokens")
+    check_codes(model, load_tokenizer(folder), folder)
+    made_by = tokens.tokenizer.get("weights_sha256")
+    if made_by and made_by != sha256_of(Path(folder) / "model.safetensors"):
+        raise ScaMoError(f"data.tokenizer = {folder}: another tokenizer made the tokens in {tokens.folder}")
+
+
+def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    ours = (folder / "config.json").is_file()
+    if resume:
+        if not ours:
+            raise ScaMoError(f"{folder}: no run to resume (training.run names it)")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not overwrite:
+            raise ScaMoError(f"{folder} exists: use --resume to continue it, --overwrite to replace it")
+        if not ours:
+            raise ScaMoError(f"{folder} exists and is not a training run: it is not overwritten")
+
+
+def _check_same_run(job: Job) -> list[str]:
+    """Compare with the run's config.json: what moves the curve must be as it was. Returns notes."""
+    path = job.folder / "config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ScaMoError(f"{path}: not readable: {error}") from None
+    if stored.get("format") != FORMAT:
+        raise ScaMoError(f"{path}: format {stored.get('format')!r}, expected {FORMAT!r}")
+    for name, digest in job.fingerprint.items():
+        if stored["fingerprint"].get(name) != digest:
+            raise ScaMoError(
+                f"{job.folder}: was trained on another {name} than {job.config.data.dataset} has now"
+            )
+    notes = []
+    now = to_dict(job.config)
+    for section in ("model", "training"):
+        for key, value in now[section].items():
+            before = stored[section].get(key)
+            if before == value or (section == "training" and key in FREE_KEYS):
+                continue
+            if (section, key) == ("training", "steps"):
+                notes.append(
+                    f"training.steps was {before} and is {value} now: the rate follows the new schedule"
+                )
+                continue
+            raise ScaMoError(
+                f"{section}.{key} = {json.dumps(value)}, but {path} has {json.dumps(before)}: "
+                "a resumed run keeps it (start another run to change it)"
+            )
+    if stored["precision"] != job.precision:
+        notes.append(f"the run was begun in {stored['precision']} and goes on in {job.precision}")
+    return notes
+
+
+class _Stopped(Exception):
+    """A signal ends the validation; the loop saves and stops."""
+
+
+class _Loop:
+    def __init__(self, job: Job, ranks: Ranks, engine: Any, *, parameters: int) -> None:
+        self.job, self.ranks, self.engine, self.parameters = job, ranks, engine, parameters
+        self.training = job.training
+        self.stop = StopFlag()
+        self.accumulation = self.training.micro_batches // ranks.size
+        self.log: RunLog | None = None
+        self.bar = Progress(0, 0, show=False)
+        self.saved_step = -1
+
+    # -- the run ---------------------------------------------------------------------------------------------
+
+    def run(self, *, resume: bool, overwrite: bool) -> int:
+        training = self.training
+        self.stop.install()
+        self._check_space()
+        start = self._resume() if resume else 0
+        self._open_folder(resume=resume, overwrite=overwrite, start=start)
+        done = start
+        try:
+            status = 0
+            if start < training.steps:
+                status, done = self._train(start)
+            if status != STATUS_NAN and done > 0 and self.saved_step != done:
+                self._save(done, last=True)
+            if status == 0:
+                self._export(done)
+        finally:
+            self.bar.close()
+        if self.ranks.rank == 0 and self.log:
+            self.log.write("end", step=done, status=status)
+            self.log.close()
+        if status > 128:
+            name = signal.Signals(status - 128).name
+            self.say(f"stopped by {name} after {done} of {training.steps} steps; --resume continues")
+        return status
+
+    def say(self, message: str) -> None:
+        if self.ranks.rank == 0:
+            self.bar.say(message) if self.bar.show else print(message, flush=True)
+
+    def _open_folder(self, *, resume: bool, overwrite: bool, start: int) -> None:
+        """From here on the run exists. All ranks have passed every check."""
+        self.ranks.barrier()
+        job, folder = self.job, self.job.folder
+        if self.ranks.rank == 0:
+            if overwrite and folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            ckpt.remove_partial(job.checkpoints)
+            record = {
+                "format": FORMAT,
+                **to_dict(job.config),
+                "fingerprint": job.fingerprint,
+                "text_encoder": job.text_encoder,
+                "precision": job.precision,
+                "ranks": self.ranks.size,
+                "parameters": self.parameters,
+                "ds_config": job.ds_config,
+            }
+            partial = folder / "config.json.partial"
+            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, folder / "config.json")
+            self.log = RunLog(folder / "log.jsonl", resume_step=start if resume else None)
+            self.log.write(
+                "start",
+                step=start,
+                ranks=self.ranks.size,
+                precision=job.precision,
+                device=device_facts(job.device)[0],
+                parameters=self.parameters,
+                resumed=resume,
+            )
+            for note in job.notes:
+                print(note, flush=True)
+            print(
+                f"{folder}: {self.parameters:,} parameters in {job.precision}, {self.ranks.size} ranks x "
+                f"{self.accumulation} micro-batches of up to {self.training.micro_batch_tokens:,} positions, "
+                f"ZeRO stage {job.ds_config['zero_optimization']['stage']}, "
+                f"steps {start} to {self.training.steps}",
+                flush=True,
+            )
+        self.bar = Progress(self.training.steps, start, show=self.ranks.rank == 0)
+        self.ranks.barrier()
+
+    # -- steps -----------------------------------------------------------------------------------------------
+
+    def _train(self, start: int) -> tuple[int, int]:
+        """Updates from `start` on. Returns (status, updates done)."""
+        training, ranks, engine = self.training, self.ranks, self.engine
+        self.engine.train()
+        window = _Window()
+        plan = self.job.plan
+        loader = PackedLoader(self.job.dataset, "train", plan, rank=ranks.rank, world=ranks.size)
+        steps = loader.steps(start, training.steps, pin=self.job.device.type == "cuda")
+        for step in range(start, training.steps):
+            self.stop.beat()
+            began = time.perf_counter()
+            batches = [batch.to(self.job.device, non_blocking=True) for batch in next(steps)]
+            waited = time.perf_counter() - began
+            scored = plan.scored(step)
+            rate = learning_rate(step, training)
+            set_learning_rate(engine, rate)
+
+            # DeepSpeed averages over ranks and accumulation; the loss is a mean over the tokens of the step.
+            scale = ranks.size * self.accumulation / scored
+            sums = []
+            for index, batch in enumerate(batches):
+                loss_sum = engine(batch).loss_sum
+                engine.backward(loss_sum * scale)
+                sums.append(loss_sum.detach())
+                if index + 1 < len(batches):
+                    engine.step()
+            facts = torch.tensor([self.stop.signum, waited], dtype=torch.float64, device=self.job.device)
+            bad = (~gradients_finite(engine)).double().reshape(1)
+            table = ranks.gather_vector(torch.cat([facts, bad, torch.stack(sums).double()]))
+            losses = _in_order(table[:, 3:])
+            if bool(table[:, 2].any()) or not all(map(math.isfinite, losses)):
+                self._report_nan(step, losses, batches)
+                return STATUS_NAN, step
+            engine.step()
+            if not engine.was_step_applied():
+                raise RuntimeError(f"DeepSpeed left out step {step + 1} although its gradients were finite")
+
+            done = step + 1
+            loss = sum(losses) / scored
+            seconds = time.perf_counter() - began
+            window.add(
+                seconds=seconds,
+                positions=plan.positions(step),
+                scored=scored,
+                waited=float(table[:, 1].max()),
+            )
+            if ranks.rank == 0:
+                self.bar.update(loss, window.positions / window.seconds)
+                if done % training.log_every == 0 or done in (1, training.steps):
+                    self._log_step(done, loss, rate, window)
+                    window = _Window()
+            signum = int(table[:, 0].max())
+            if not signum and (done % training.validate_every == 0 or done == training.steps):
+                try:
+                    self._validate(done)
+                except _Stopped as stopped:
+                    signum = stopped.args[0]
+            if signum:
+                return 128 + signum, done
+            if done % training.save_every == 0 and done < training.steps:
+                self._save(done)
+        return 0, training.steps
+
+    def _log_step(self, done: int, loss: float, rate: float, window: _Window) -> None:
+        assert self.log is not None
+        norm = self.engine.get_global_grad_norm()
+        self.log.write(
+            "train",
+            step=done,
+            loss=loss,
+            lr=rate,
+            grad_norm=None if norm is None else float(norm),
+            positions=window.positions,
+            motion_tokens=window.scored,
+            positions_per_s=round(window.positions / window.seconds, 1),
+            motion_tokens_per_s=round(window.scored / window.seconds, 1),
+            epoch=round(self.job.plan.epochs(done), 4),
+            steps=window.steps,
+            seconds=round(window.seconds, 4),
+            data_wait_s=round(window.waited, 4),
+            memory_gib=round(_peak_memory(self.job.device) / 2**30, 3),
+        )
+
+    def _report_nan(self, step: int, losses: list[float], batches: list[PackedBatch]) -> None:
+        """Name the culprits on all ranks' behalf; the weights are those before this step."""
+        size = self.ranks.size
+        mine = {self.ranks.rank + size * k: batch.item_ids.tolist() for k, batch in enumerate(batches)}
+        items: dict[int, list[int]] = {}
+        for part in self.ranks.gather(mine):
+            items |= part
+        bad = [j for j, loss in enumerate(losses) if not math.isfinite(loss)]
+        what = "loss" if bad else "gradient"
+        named = sorted({item for j in (bad or items) for item in items[j]})
+        if self.ranks.rank == 0 and self.log:
+            self.log.write("nan", step=step + 1, what=what, micro_batches=bad or sorted(items), items=named)
+        shown = ", ".join(f"{item} ({self.job.dataset.item_name(item)})" for item in named[:8])
+        more = f" and {len(named) - 8} more (log.jsonl has all)" if len(named) > 8 else ""
+        self.say(
+            f"train.py: error: step {step + 1}: the {what} is not finite; nothing was updated. "
+            f"Items of the micro-batch: {shown}{more}"
+        )
+
+    # -- validation ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _validate(self, done: int) -> None:
+        """Cross-entropy and L_u (paper Eq. 8) over the val split, each item once with its first caption."""
+        job, ranks, engine = self.job, self.ranks, self.engine
+        began = time.perf_counter()
+        mine = iter(validation_batches(job.dataset, "val", job.plan, rank=ranks.rank, world=ranks.size))
+        engine.eval()
+        rows: list[Tensor] = []
+        limit = self.training.validate_batches
+        while True:
+            self.stop.beat()
+            # Under ZeRO-3 a forward gathers weights from all ranks: everyone takes part or nobody does.
+            index = ranks.rank + ranks.size * len(rows)
+            batch = next(mine, None) if not limit or index < limit else None
+            state = torch.tensor(
+                [batch is not None, self.stop.signum], dtype=torch.float64, device=job.device
+            )
+            table = ranks.gather_vector(state)
+            if int(table[:, 1].max()):
+                engine.train()
+                raise _Stopped(int(table[:, 1].max()))
+            if not bool(table[:, 0].any()):
+                break
+            real = batch is not None
+            batch = (batch or self._dummy()).to(job.device)
+            loss_sum = engine(batch).loss_sum.double()
+            unigram = unigram_cross_entropy(self.job.counts, batch.targets).sum()
+            row = torch.stack([loss_sum, unigram, torch.tensor(float(batch.n_scored), device=job.device)])
+            rows.append(row.double() if real else torch.zeros_like(row.double()))
+        engine.train()
+        if not rows:
+            return
+        table = ranks.gather_vector(torch.cat(rows)).view(ranks.size, len(rows), 3)
+        totals = [sum(_in_order(table[:, :, k])) for k in range(3)]
+        ce, unigram_ce = totals[0] / totals[2], totals[1] / totals[2]
+        if ranks.rank == 0 and self.log:
+            self.log.write(
+                "val",
+                step=done,
+                loss=ce,
+                l_u=ce - unigram_ce,
+                unigram=unigram_ce,
+                motion_tokens=int(totals[2]),
+                seconds=round(time.perf_counter() - began, 3),
+            )
+        self.say(f"step {done}: validation loss {ce:.4f}, L_u {ce - unigram_ce:+.4f}")
+
+    def _dummy(self) -> PackedBatch:
+        """One sample of one token: keeps a rank without data in step."""
+        import numpy as np
+
+        sample = Sample(np.zeros((1, self.job.config.model.text_width), np.float32), np.zeros(1, np.int64))
+        return collate([sample], self.job.config.model.codes)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------
+
+    def _check_space(self) -> None:
+        lacking = self.ranks.gather(ckpt.missing_space(self.job.folder, self._checkpoint_bytes()))[0]
+        if lacking:
+            raise ScaMoError(
+                f"{self.job.folder}: one checkpoint takes about {self._checkpoint_bytes() / 1e9:.1f} GB, "
+                f"{lacking / 1e9:.1f} GB more than the disk has free"
+            )
+
+    def _checkpoint_bytes(self) -> int:
+        return self.parameters * ckpt.BYTES_PER_PARAMETER + 2**20
+
+    def _save(self, done: int, *, last: bool = False) -> None:
+        """Save; a full disk costs the oldest checkpoints first, then this one (with a warning)."""
+        job, ranks = self.job, self.ranks
+        began = time.perf_counter()
+        lacking = 0
+        if ranks.rank == 0:
+            lacking = ckpt.missing_space(job.folder, self._checkpoint_bytes())
+            if lacking:
+                ckpt.prune_checkpoints(job.checkpoints, 1)
+                lacking = ckpt.missing_space(job.folder, self._checkpoint_bytes())
+        lacking = ranks.gather(lacking)[0]
+        if lacking:
+            message = f"step {done}: not saved, the disk lacks {lacking / 1e9:.1f} GB"
+            if last:
+                raise ScaMoError(f"{job.folder}: {message}")
+            self.say(f"warning: {message}")
+            return
+
+        def write(folder: Path) -> None:
+            tag = ckpt.tag_name(done)
+            self.engine.save_checkpoint(str(folder), tag=tag, client_state={"step": done})
+
+        facts = {
+            "ranks": ranks.size,
+            "zero_stage": job.ds_config["zero_optimization"]["stage"],
+            "precision": job.precision,
+            "tag": ckpt.tag_name(done),
+        }
+        with self.stop.busy():
+            folder = ckpt.save_checkpoint(job.checkpoints, done, write, facts=facts, group=ranks)
+        self.saved_step = done
+        if ranks.rank == 0:
+            ckpt.prune_checkpoints(job.checkpoints, self.training.keep_checkpoints)
+            if self.log:
+                size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+                seconds = round(time.perf_counter() - began, 3)
+                self.log.write("checkpoint", step=done, bytes=size, seconds=seconds)
+        ranks.barrier()
+
+    def _resume(self) -> int:
+        """Load the newest whole checkpoint. Returns the updates done."""
+        job = self.job
+        folder, manifest = ckpt.newest_checkpoint(
+            job.checkpoints, group=self.ranks, warn=lambda text: self.say(f"warning: {text}")
+        )
+        stage = job.ds_config["zero_optimization"]["stage"]
+        for what, key, now in (
+            ("ranks", "ranks", self.ranks.size),
+            ("ZeRO stage", "zero_stage", stage),
+            ("precision", "precision", job.precision),
+        ):
+            if manifest[key] != now:
+                raise ScaMoError(
+                    f"{folder}: saved with {what} {manifest[key]}, this run has {now}: use the same"
+                )
+        with self.stop.busy():
+            loaded, client = self.engine.load_checkpoint(str(folder), tag=manifest["tag"])
+        if loaded is None or client.get("step") != manifest["step"]:
+            raise ScaMoError(f"{folder}: DeepSpeed did not load it")
+        self.saved_step = int(manifest["step"])
+        self.say(f"resuming from {folder} after {self.saved_step} steps")
+        return self.saved_step
+
+    def _export(self, done: int) -> None:
+        """Float32 safetensors in RUN/export, from the checkpoint, which is read again and verified first."""
+        job = self.job
+        folder = job.checkpoints / ckpt.checkpoint_name(done)
+        with self.stop.busy():
+            manifest = ckpt.verify_checkpoint(folder, self.ranks)
+            if self.ranks.rank == 0:
+                export_model(
+                    job.folder / "export",
+                    model_state(folder, manifest["tag"]),
+                    job.config.model,
+                    job.config.data.tokenizer,
+                    job.text_encoder,
+                )
+            self.ranks.barrier()
+        self.say(f"exported to {job.folder / 'export'}")
+
+
+@dataclass
+class _Window:
+    """Counts since the last line of the log."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    positions: int = 0
+    scored: int = 0
+    waited: float = 0.0
+
+    def add(self, *, seconds: float, positions: int, scored: int, waited: float) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        self.positions += positions
+        self.scored += scored
+        self.waited += waited
+
+
+def _in_order(table: Tensor) -> list[float]:
+    """(ranks, rounds) -> values by micro-batch, rank + ranks * round: the same for any number of ranks."""
+    return table.T.flatten().tolist()
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
