@@ -39,23 +39,36 @@ class BackwardConfig(NamedTuple):
     stages: int
 
 
-# Lengths up to which a row of the table serves; the last one serves all others.
-LENGTHS = (64, 128, 256, 1 << 30)
+# Lengths up to which an entry of a table's row serves; the last one serves all others. Lengths choose a config and
+# are no constants of a kernel, so other lengths recompile nothing.
+LENGTHS = (64, 128, 1 << 30)
 
-# (architecture, "half" or "single", padded head dim) -> a config per entry of LENGTHS. Lengths choose a
-# config and never enter a kernel as constants, so a longer batch recompiles nothing. Chosen by registers,
-# spills and resident blocks; tests/kernels/test_compile.py holds them to it.
-_SMALL = ForwardConfig(64, 64, 4, 2)
+# (architecture, "half" or "single", padded head dim) -> a config per entry of LENGTHS. Chosen by what ptxas
+# reports: no spills, few registers, room for several blocks. tests/kernels/test_compile.py holds them to it.
 FORWARD: dict[tuple[int, str, int], tuple[ForwardConfig, ...]] = {}
 BACKWARD: dict[tuple[int, str, int], tuple[BackwardConfig, ...]] = {}
+for _dim in (16, 32, 64):
+    for _arch in (80, 90):
+        FORWARD[_arch, "half", _dim] = (*2 * (ForwardConfig(64, 64, 4, 2),), ForwardConfig(128, 64, 8, 2))
+        FORWARD[_arch, "single", _dim] = 3 * (ForwardConfig(32, 32, 4, 1),)
+        BACKWARD[_arch, "single", _dim] = 3 * (BackwardConfig(16, 32, 32, 16, 8, 1),)
+    BACKWARD[80, "half", _dim] = 3 * (BackwardConfig(32, 64, 64, 32, 4, 1),)
+    BACKWARD[90, "half", _dim] = (
+        BackwardConfig(64, 32, 64, 32, 4, 1),
+        *2 * (BackwardConfig(128, 32, 128, 32, 8, 1),),
+    )
 for _arch in (80, 90):
-    for _dim in (16, 32, 64, 128):
-        FORWARD[_arch, "half", _dim] = (_SMALL,) * 4
-        BACKWARD[_arch, "half", _dim] = (BackwardConfig(64, 64, 64, 64, 8, 1),) * 4
-        FORWARD[_arch, "single", _dim] = (ForwardConfig(32, 32, 4, 1),) * 4
-        BACKWARD[_arch, "single", _dim] = (BackwardConfig(32, 32, 32, 32, 8, 1),) * 4
+    FORWARD[_arch, "half", 128] = 3 * (ForwardConfig(64, 64, 8, 2),)
+    BACKWARD[_arch, "half", 128] = 3 * (BackwardConfig(32, 64, 64, 32, 8, 1),)
+    FORWARD[_arch, "single", 128] = 3 * (ForwardConfig(16, 32, 4, 1),)
+    BACKWARD[_arch, "single", 128] = 3 * (BackwardConfig(16, 16, 16, 16, 4, 1),)
+
 # Small enough that short tests have full, partial and empty tiles.
 INTERPRETER = ForwardConfig(64, 64, 4, 1), BackwardConfig(64, 64, 64, 64, 4, 1)
+
+
+# float32 on tensor cores as three tf32 products each; half precision ignores it.
+_PRECISION = tl.constexpr("tf32x3")
 
 
 @triton.jit
@@ -112,7 +125,7 @@ def _attend(
     for n0 in range(first, last, BN):
         key = n0 + tl.arange(0, BN)
         kt = _load(k, key, rows, STRIDE_K, D, BD, FULL)
-        s = tl.dot(q, tl.trans(kt), input_precision="ieee") * qk_scale
+        s = tl.dot(q, tl.trans(kt), input_precision=_PRECISION) * qk_scale
         if not FULL:
             s = tl.where(key[None, :] < bound[:, None], s, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1))
@@ -125,7 +138,7 @@ def _attend(
         total = total * decay + tl.sum(p, 1)
         acc = acc * decay[:, None]
         vt = _load(v, key, rows, STRIDE_V, D, BD, FULL)
-        acc = tl.dot(p.to(vt.dtype), vt, acc, input_precision="ieee")
+        acc = tl.dot(p.to(vt.dtype), vt, acc, input_precision=_PRECISION)
         peak = new_peak
     return acc, peak, total
 
@@ -258,14 +271,14 @@ def _keys_step(
         ot = _load(out, row, rows, STRIDE_O, D, BD, False)
         delta = tl.sum(gt.to(tl.float32) * ot.to(tl.float32), 1)
         log_sum = tl.load(lse + row, mask=row < rows, other=float("inf"))
-        s = tl.dot(kt, tl.trans(qt), input_precision="ieee") * qk_scale
+        s = tl.dot(kt, tl.trans(qt), input_precision=_PRECISION) * qk_scale
         p = tl.exp2(s - log_sum[None, :])
         if not FULL:
             bound = _bound(bounds, row, rows, prefix, PREFIX)
             p = tl.where(key[:, None] < bound[None, :], p, 0.0)
-        grad_v = tl.dot(p.to(gt.dtype), gt, grad_v, input_precision="ieee")
-        slope = p * (tl.dot(vt, tl.trans(gt), input_precision="ieee") - delta[None, :])
-        grad_k = tl.dot(slope.to(qt.dtype), qt, grad_k, input_precision="ieee")
+        grad_v = tl.dot(p.to(gt.dtype), gt, grad_v, input_precision=_PRECISION)
+        slope = p * (tl.dot(vt, tl.trans(gt), input_precision=_PRECISION) - delta[None, :])
+        grad_k = tl.dot(slope.to(qt.dtype), qt, grad_k, input_precision=_PRECISION)
     return grad_k, grad_v
 
 
@@ -295,12 +308,12 @@ def _queries_step(
         key = n0 + tl.arange(0, BN)
         kt = _load(k, key, rows, STRIDE_K, D, BD, FULL)
         vt = _load(v, key, rows, STRIDE_V, D, BD, FULL)
-        s = tl.dot(qt, tl.trans(kt), input_precision="ieee") * qk_scale
+        s = tl.dot(qt, tl.trans(kt), input_precision=_PRECISION) * qk_scale
         p = tl.exp2(s - log_sum[:, None])
         if not FULL:
             p = tl.where(key[None, :] < bound[:, None], p, 0.0)
-        slope = p * (tl.dot(gt, tl.trans(vt), input_precision="ieee") - delta[:, None])
-        grad_q = tl.dot(slope.to(kt.dtype), kt, grad_q, input_precision="ieee")
+        slope = p * (tl.dot(gt, tl.trans(vt), input_precision=_PRECISION) - delta[:, None])
+        grad_q = tl.dot(slope.to(kt.dtype), kt, grad_q, input_precision=_PRECISION)
     return grad_q
 
 

@@ -43,7 +43,7 @@ class Case:
         }
 
     def bounds(self, kind: str, device: str = "cpu") -> torch.Tensor:
-        """Block-causal, blocks of 1, 2, 4, ...; or random: the first rows see nothing, nobody the last key."""
+        """Block-causal, blocks of 1, 2, 4, ...; or random: the first rows see nothing, none the last."""
         generator = torch.Generator().manual_seed(7)
         parts = []
         for length in self.lengths:
