@@ -15,7 +15,7 @@ from scamo.data.text import TextEncoder
 from scamo.errors import ScaMoError
 from scamo.generation.decode import generate_tokens
 from scamo.generation.export import check_codes, load_transformer, read_export
-from scamo.generation.sampling import Sampling, uniforms
+from scamo.generation.sampling import Sampling, prompt_keys
 from scamo.models.layers import check_bf16
 from scamo.models.prefix_lm import PrefixLM
 from scamo.motion.motion import Motion
@@ -150,12 +150,12 @@ class ScaMo:
         tokens: list[NDArray[np.int32]] = []
         for start in range(0, len(texts), batch_size):
             part = texts[start : start + batch_size]
-            noise = [uniforms(int(s), t, limit) for s, t in zip(seeds[start:], part, strict=False)]
+            keys = prompt_keys(seeds[start : start + batch_size], part)
             # One text at a time: padding would change its states by a rounding, and so perhaps its motion.
             states = [
                 torch.from_numpy(state).float() for state in self.text_encoder.encode(part, batch_size=1)
             ]
-            tokens += generate_tokens(self.model, states, np.stack(noise), sampling, max_tokens=limit)
+            tokens += generate_tokens(self.model, states, keys, sampling, max_tokens=limit)
         motions = [
             Motion.from_features(
                 features, fps=self.fps, text=sentence, tokens=codes, meta={"seed": int(one_seed)}

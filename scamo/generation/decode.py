@@ -18,7 +18,7 @@ from scamo.models.prefix_lm import PrefixLM
 def generate_tokens(
     model: PrefixLM,
     texts: Sequence[Tensor],
-    noise: NDArray[np.float64],
+    keys: Tensor,
     sampling: Sampling,
     *,
     max_tokens: int,
@@ -26,9 +26,9 @@ def generate_tokens(
 ) -> list[NDArray[np.int32]]:
     """Sample motion tokens for a batch of texts until EOS or the limit.
 
-    texts: text states, float (P_i, text width) each. noise: (B, >= max_tokens) in [0, 1), number t of a row
-    decides its token t. EOS is forbidden before `min_tokens` tokens, so that no motion is empty (the released
-    sampler returns code 1 in that case). Returns the codes of each row without EOS, 1 to max_tokens of them.
+    texts: text states, float (P_i, text width) each. keys: int64 (B,), the noise of each (prompt_keys). EOS is
+    forbidden before `min_tokens` tokens, so that no motion is empty (the released sampler returns code 1 in that
+    case). Returns the codes of each row without EOS, 1 to max_tokens of them.
 
     Raises:
         ScaMoError: an empty text, or limits outside 1 <= min_tokens <= max_tokens <= config.max_motion.
@@ -41,13 +41,13 @@ def generate_tokens(
     eos = model.config.codes
     # The last token is never fed back, hence one position less.
     cache, logits = model.prefill(list(texts), max_tokens - 1)
-    draws = torch.from_numpy(np.ascontiguousarray(noise)).to(logits.device)
+    keys = keys.to(logits.device)
     rows = list(range(len(texts)))
     motions: list[list[int]] = [[] for _ in rows]
     for step in range(max_tokens):
         if step < min_tokens:
             logits[:, eos] = -torch.inf
-        tokens = sample(logits, draws[:, step], sampling)
+        tokens = sample(logits, keys, step, sampling)
         chosen = tokens.tolist()
         alive = [i for i, token in enumerate(chosen) if token != eos]
         for i in alive:
@@ -58,6 +58,6 @@ def generate_tokens(
             cache, order = cache.compact(alive)
             rows = [rows[i] for i in order]
             index = torch.tensor(order, device=tokens.device)
-            tokens, draws = tokens[index], draws[index]
+            tokens, keys = tokens[index], keys[index]
         logits = model.decode(cache, tokens)
     return [np.array(motion, dtype=np.int32) for motion in motions]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from scamo.errors import ScaMoError
@@ -39,15 +38,39 @@ class Sampling:
             raise ScaMoError(f"top_p = {self.top_p}: expected a value in (0, 1]")
 
 
-def uniforms(seed: int, text: str, count: int) -> NDArray[np.float64]:
-    """`count` uniform numbers in [0, 1) for one prompt: a function of (seed, text) alone.
+def prompt_keys(seeds: Sequence[int], texts: Sequence[str]) -> Tensor:
+    """The noise of each prompt, int64 (B,): a function of its seed and its text alone.
 
     So a motion does not depend on its neighbours in a batch, and two sentences of one call share no noise.
-    The stream only grows with `count`: number i is the same for every count above i.
     """
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    key = np.array([seed & (2**64 - 1), int.from_bytes(digest, "little")], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).random(count)
+    keys = [
+        hashlib.blake2b(f"{int(seed)}\n{text}".encode(), digest_size=8).digest()
+        for seed, text in zip(seeds, texts, strict=True)
+    ]
+    return torch.tensor([int.from_bytes(key, "little", signed=True) for key in keys], dtype=torch.int64)
+
+
+def gumbel_noise(keys: Tensor, step: int, classes: int) -> Tensor:
+    """Standard Gumbel noise float64 (B, classes) of one step: SplitMix64 of (key, step, class).
+
+    Integers until the last two logarithms, hence the same on every device, in any batch, without a state.
+    """
+    counter = torch.arange(1, classes + 1, device=keys.device) + (step << 32)
+    z = counter * _signed(0x9E3779B97F4A7C15) + keys[:, None]
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    uniform = (_shift(z ^ _shift(z, 31), 11).double() + 0.5) * 2.0**-53
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _signed(constant: int) -> int:
+    """An unsigned 64-bit constant as the int64 of the same bits: torch's int64 products wrap."""
+    return constant - 2**64
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's is arithmetic."""
+    return (z >> bits) & (2 ** (64 - bits) - 1)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -63,17 +86,16 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return p
 
 
-def sample(logits: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:
-    """One token per row: logits float (B, V), noise float64 (B,) in [0, 1) -> int64 (B,).
+def sample(logits: Tensor, keys: Tensor, step: int, sampling: Sampling) -> Tensor:
+    """One token per row: logits float (B, V), keys int64 (B,) of prompt_keys, step from 0 -> int64 (B,).
 
-    The inverse of the cumulative distribution in float64, in the order of the vocabulary: a change of the
-    logits by rounding moves the outcome only where the noise lies within that rounding of a step.
+    The Gumbel-max trick, not the inverse of the cumulative distribution: rounding of the logits (1e-6, from
+    another batch size) then decides a draw about once in a million, whatever V and top_p are. With cumulative
+    sums it is sqrt(V) times as often, and every change at the edge of top_p shifts all draws.
     """
     if sampling.greedy:
         return logits.argmax(-1)
-    cumulative = probabilities(logits, sampling).cumsum(-1)
-    drawn = noise.to(cumulative.device, torch.float64)[:, None] * cumulative[:, -1:]
-    # The first class whose cumulative probability exceeds the draw: never one of probability 0.
-    token = torch.searchsorted(cumulative, drawn, right=True)
-    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    return torch.minimum(token, last).squeeze(1)
+    score = logits.double() / sampling.temperature
+    if sampling.top_k or sampling.top_p < 1:
+        score = score.masked_fill(probabilities(logits, sampling) == 0, -torch.inf)
+    return (score + gumbel_noise(keys.to(logits.device), step, logits.shape[-1])).argmax(-1)

@@ -8,7 +8,7 @@ from scamo.config import ModelConfig
 from scamo.data.batches import Sample, collate
 from scamo.errors import ScaMoError
 from scamo.generation.decode import generate_tokens
-from scamo.generation.sampling import Sampling, uniforms
+from scamo.generation.sampling import Sampling, prompt_keys
 from scamo.models.prefix_lm import PrefixLM
 
 K, TEXT, MOST = 12, 6, 14
@@ -34,8 +34,8 @@ def texts():
     return [torch.randn(n, TEXT, generator=generator) for n in LENGTHS]
 
 
-def noise(count=5, seed=0):
-    return np.stack([uniforms(seed, f"text {i}", MOST) for i in range(count)])
+def keys(count=5):
+    return prompt_keys([0] * count, [f"text {i}" for i in range(count)])
 
 
 def packed_logits(model, text, motion):
@@ -80,7 +80,7 @@ def test_the_cache_has_an_end(model, texts):
 
 
 def test_greedy_motion_is_the_argmax_of_the_packed_forward(model, texts):
-    motions = generate_tokens(model, texts, noise(), Sampling(greedy=True), max_tokens=MOST)
+    motions = generate_tokens(model, texts, keys(), Sampling(greedy=True), max_tokens=MOST)
     for text, motion in zip(texts, motions, strict=True):
         logits = packed_logits(model, text, motion)
         logits[0, K] = -torch.inf
@@ -91,7 +91,7 @@ def test_greedy_motion_is_the_argmax_of_the_packed_forward(model, texts):
 
 def test_sampled_motions_end_at_eos_and_have_different_lengths(model, texts):
     many = [texts[i % 5] for i in range(200)]
-    motions = generate_tokens(model, many, noise(200), Sampling(), max_tokens=MOST)
+    motions = generate_tokens(model, many, keys(200), Sampling(), max_tokens=MOST)
     lengths = {len(motion) for motion in motions}
     assert {1, 2, MOST} <= lengths, "short ones, and some that reach the limit"
     assert all(motion.dtype == np.int32 and (motion >= 0).all() and (motion < K).all() for motion in motions)
@@ -99,20 +99,20 @@ def test_sampled_motions_end_at_eos_and_have_different_lengths(model, texts):
 
 def test_a_motion_is_the_same_alone_and_in_any_batch(model, texts):
     many = [texts[i % 5] for i in range(40)]
-    u = noise(40)
+    noise = keys(40)
     sampling = Sampling(0.9, top_p=0.95)
-    together = generate_tokens(model, many, u, sampling, max_tokens=MOST)
+    together = generate_tokens(model, many, noise, sampling, max_tokens=MOST)
     order = np.random.default_rng(0).permutation(40)
-    shuffled = generate_tokens(model, [many[i] for i in order], u[order], sampling, max_tokens=MOST)
+    shuffled = generate_tokens(model, [many[i] for i in order], noise[order], sampling, max_tokens=MOST)
     for i in range(40):
-        alone = generate_tokens(model, [many[i]], u[i : i + 1], sampling, max_tokens=MOST)[0]
+        alone = generate_tokens(model, [many[i]], noise[i : i + 1], sampling, max_tokens=MOST)[0]
         assert alone.tolist() == together[i].tolist()
         assert shuffled[order.tolist().index(i)].tolist() == together[i].tolist()
 
 
 def test_a_limit_cuts_the_same_motion(model, texts):
-    whole = generate_tokens(model, texts, noise(), Sampling(), max_tokens=MOST)
-    cut = generate_tokens(model, texts, noise(), Sampling(), max_tokens=3)
+    whole = generate_tokens(model, texts, keys(), Sampling(), max_tokens=MOST)
+    cut = generate_tokens(model, texts, keys(), Sampling(), max_tokens=3)
     assert [motion.tolist() for motion in cut] == [motion[:3].tolist() for motion in whole]
 
 
@@ -131,27 +131,27 @@ def certain(token):
 
 def test_eos_is_not_allowed_first_and_ends_the_motion_after(texts):
     for greedy in (True, False):
-        motions = generate_tokens(certain(K), texts, noise(), Sampling(greedy=greedy), max_tokens=MOST)
+        motions = generate_tokens(certain(K), texts, keys(), Sampling(greedy=greedy), max_tokens=MOST)
         assert [len(motion) for motion in motions] == [1] * len(texts)
         motions = generate_tokens(
-            certain(K), texts, noise(), Sampling(greedy=greedy), max_tokens=MOST, min_tokens=5
+            certain(K), texts, keys(), Sampling(greedy=greedy), max_tokens=MOST, min_tokens=5
         )
         assert [len(motion) for motion in motions] == [5] * len(texts)
 
 
 def test_without_eos_the_limit_ends_the_motion(texts):
-    motions = generate_tokens(certain(7), texts, noise(), Sampling(), max_tokens=6)
+    motions = generate_tokens(certain(7), texts, keys(), Sampling(), max_tokens=6)
     assert [motion.tolist() for motion in motions] == [[7] * 6] * len(texts)
 
 
 @pytest.mark.parametrize(("low", "high"), [(1, MOST + 1), (0, 3), (4, 3)])
 def test_limits_outside_the_model_are_refused(model, texts, low, high):
     with pytest.raises(ScaMoError, match=f"min_tokens = {low}, max_tokens = {high}: .* <= {MOST}"):
-        generate_tokens(model, texts, noise(), Sampling(), max_tokens=high, min_tokens=low)
+        generate_tokens(model, texts, keys(), Sampling(), max_tokens=high, min_tokens=low)
 
 
 def test_texts_that_are_empty_or_too_long_are_refused(model, texts):
     with pytest.raises(ScaMoError, match="text 1 has no states"):
-        generate_tokens(model, [texts[0], texts[0][:0]], noise(2), Sampling(), max_tokens=2)
+        generate_tokens(model, [texts[0], texts[0][:0]], keys(2), Sampling(), max_tokens=2)
     with pytest.raises(ScaMoError, match="25 positions: the model has 24"):
-        generate_tokens(model, [torch.zeros(12, TEXT)], noise(1), Sampling(), max_tokens=MOST)
+        generate_tokens(model, [torch.zeros(12, TEXT)], keys(1), Sampling(), max_tokens=MOST)

@@ -2,12 +2,11 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from scamo.errors import ScaMoError
-from scamo.generation.sampling import Sampling, probabilities, sample, uniforms
+from scamo.generation.sampling import Sampling, gumbel_noise, probabilities, prompt_keys, sample
 
 P = torch.tensor([0.4, 0.05, 0.3, 0.15, 0.1], dtype=torch.float64)
 LOGITS = P.log()[None] + 3.7
@@ -15,8 +14,8 @@ DRAWS = 200_000
 
 
 def frequencies(sampling, logits=LOGITS):
-    noise = torch.from_numpy(uniforms(0, "frequencies", DRAWS))
-    tokens = sample(logits.expand(DRAWS, -1), noise, sampling)
+    keys = prompt_keys(range(DRAWS), ["a person walks"] * DRAWS)
+    tokens = sample(logits.expand(DRAWS, -1), keys, 3, sampling)
     return torch.bincount(tokens, minlength=logits.shape[-1])
 
 
@@ -63,41 +62,61 @@ def test_exactly_k_of_equal_tokens_stay():
     assert (probabilities(torch.zeros(1, 6), Sampling(top_k=60)) > 0).sum() == 6
 
 
-def test_extreme_noise_never_picks_a_forbidden_token():
+def test_a_forbidden_token_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]])
-    for u, token in ((0.0, 1), (np.nextafter(1, 0), 3)):
-        assert sample(logits, torch.tensor([u], dtype=torch.float64), Sampling()).tolist() == [token]
+    assert_drawn_from(frequencies(Sampling(), logits), torch.softmax(logits[0].double(), -1))
 
 
-def test_noise_is_cut_at_the_cumulative_probabilities():
-    edges = P.cumsum(0)[:-1]
-    for index, edge in enumerate(edges.tolist()):
-        noise = torch.tensor([edge - 1e-9, edge + 1e-9], dtype=torch.float64)
-        assert sample(LOGITS.expand(2, -1), noise, Sampling()).tolist() == [index, index + 1]
+def test_steps_of_one_prompt_are_independent_draws():
+    keys = prompt_keys([0], ["a person walks"])
+    tokens = torch.cat([sample(LOGITS, keys, step, Sampling()) for step in range(4000)])
+    expected = P[:, None] * P[None, :] * 3999
+    pairs = torch.zeros_like(expected).index_put_(
+        (tokens[:-1], tokens[1:]), torch.ones(3999, dtype=torch.float64), accumulate=True
+    )
+    assert ((pairs - expected) ** 2 / expected).sum() < 52.62  # 99.9% of chi-square, 24 degrees
+
+
+def test_noise_is_gumbel_distributed_and_splitmix64():
+    noise = gumbel_noise(prompt_keys([0, 1], ["x", "x"]), 5, 100_000)
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.02)
+    # The published first outputs of SplitMix64 from state 1234567.
+    reference = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    uniform = [((z >> 11) + 0.5) / 2**53 for z in reference]
+    expected = [-math.log(-math.log(u)) for u in uniform]
+    assert gumbel_noise(torch.tensor([1234567]), 0, 3)[0].tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_greedy_is_the_likeliest_and_ignores_noise():
     logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 2.0, 5.0]])
-    for u in (0.0, 0.999):
-        assert sample(logits, torch.full((2,), u), Sampling(greedy=True)).tolist() == [1, 0]
+    for seed in range(5):
+        keys = prompt_keys([seed, seed], ["a", "b"])
+        assert sample(logits, keys, 0, Sampling(greedy=True)).tolist() == [1, 0]
 
 
 def test_rows_are_independent():
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
-    noise = torch.from_numpy(uniforms(1, "rows", 6))
-    together = sample(logits, noise, Sampling(0.8, 20, 0.9))
-    alone = [sample(logits[i : i + 1], noise[i : i + 1], Sampling(0.8, 20, 0.9)).item() for i in range(6)]
+    keys = prompt_keys(range(6), ["rows"] * 6)
+    together = sample(logits, keys, 2, Sampling(0.8, 20, 0.9))
+    alone = [sample(logits[i : i + 1], keys[i : i + 1], 2, Sampling(0.8, 20, 0.9)).item() for i in range(6)]
     assert together.tolist() == alone
 
 
-def test_uniforms_depend_on_seed_and_text_alone_and_only_grow():
-    first = uniforms(0, "a person walks", 50)
-    assert np.array_equal(first, uniforms(0, "a person walks", 80)[:50])
-    assert not np.isin(first, uniforms(1, "a person walks", 50)).any()
-    assert not np.isin(first, uniforms(0, "a person runs", 50)).any()
-    assert first.dtype == np.float64
-    assert ((first >= 0) & (first < 1)).all()
-    assert np.array_equal(uniforms(-1, "x", 3), uniforms(2**64 - 1, "x", 3)), "any integer is a seed"
+def test_rounding_of_the_logits_hardly_ever_moves_a_draw():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 5000, generator=generator).expand(1000, -1)
+    keys = prompt_keys(range(1000), ["rounding"] * 1000)
+    nudged = logits + 1e-6 * torch.randn(1000, 5000, generator=generator)
+    for sampling in (Sampling(), Sampling(top_p=0.9)):
+        assert (sample(logits, keys, 0, sampling) != sample(nudged, keys, 0, sampling)).sum() <= 1
+
+
+def test_keys_depend_on_seed_and_text_alone():
+    keys = prompt_keys([0, 1, 0, 0, -1, 2**70], ["walk", "walk", "run", "walk", "walk", "walk"]).tolist()
+    assert keys[0] == keys[3]
+    assert len(set(keys)) == 5
+    assert prompt_keys([0], ["walk"]).tolist() == keys[:1]
 
 
 @pytest.mark.parametrize(
