@@ -147,14 +147,14 @@ class _View:
     def of(joints: np.ndarray) -> _View | None:
         thigh = joints[:, KNEE] - joints[:, HIP]
         shin = joints[:, ANKLE] - joints[:, KNEE]
-        leg = float(np.median(np.linalg.norm(thigh, axis=-1) + np.linalg.norm(shin, axis=-1)))
+        leg = _percentile(np.linalg.norm(thigh, axis=-1) + np.linalg.norm(shin, axis=-1), 50)
         if not leg > 1e-6 or not np.abs(joints).max() < 1e6 * leg:
             return None
         joints = joints / leg
         low = joints[:, (*ANKLE, *BALL), 1]
-        height = joints[..., 1] - np.percentile(low, 5)
+        height = joints[..., 1] - _percentile(low, 5)
         feet = np.minimum(height[:, ANKLE], height[:, BALL])
-        standing = float(np.clip(np.percentile(height[:, PELVIS], 90), 1.05, 1.2))
+        standing = min(max(_percentile(height[:, PELVIS], 90), 1.05), 1.2)
         across = joints[:, HIP[LEFT]] - joints[:, HIP[RIGHT]]
         across = across + joints[:, SHOULDER[LEFT]] - joints[:, SHOULDER[RIGHT]]
         heading = _mean(np.unwrap(np.arctan2(-across[:, 2], across[:, 0])), 5)
@@ -173,6 +173,15 @@ class _View:
     def turned(self) -> float:
         """Change of heading, radians, positive to the left."""
         return float(self.heading[-3:].mean() - self.heading[:3].mean())
+
+
+def _percentile(values: np.ndarray, percent: float) -> float:
+    """As numpy's, linear between ranks, at a fifth of its cost on arrays this small."""
+    ranked = np.sort(values, axis=None)
+    place = percent / 100 * (len(ranked) - 1)
+    low = int(place)
+    high = min(low + 1, len(ranked) - 1)
+    return float(ranked[low] + (place - low) * (ranked[high] - ranked[low]))
 
 
 def _mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -291,12 +300,12 @@ def _locomotion(v: _View) -> Labels | None:
     if not moving.any():
         return None
     path = float(v.speed[moving].sum()) / FPS
-    pace = float(np.median(v.speed[moving]))
+    pace = _percentile(v.speed[moving], 50)
     if path <= 1.5 or v.speed[moving].mean() <= 0.5:
         return None
     lower = v.feet.min(axis=1)
     # Who moves has a foot on the floor most of the time: a steadier floor than the lowest twentieth.
-    flight = (lower - np.percentile(lower, 40) > 0.04)[moving].mean()
+    flight = (lower - _percentile(lower, 40) > 0.04)[moving].mean()
     gait = "run" if flight > 0.04 and pace > 1.6 else "walk"
     relative = pace / (3.2 if gait == "run" else 1.4)
     speed = "slow" if relative < 0.85 else "fast" if relative > 1.25 else "normal"

@@ -348,8 +348,7 @@ def caption(
     subject = choose.pick(SUBJECTS)
     known = choose.pick(KNOWN_SUBJECTS) if choose.random() < 0.35 else subject
     text = re.sub(r"\bA\b", known, re.sub(r"\bS\b", subject, text))
-    text = re.sub(r"(?<=, then )(a |someone)", lambda m: "they " if m[0] == "someone" else "the ", text)
-    text = text.replace("then they ", "then the person ")
+    text = re.sub(r", then (a |someone\b)", lambda m: ", then the " + "person" * (m[1] != "a "), text)
     mentioned = said[0] if len(said) == 1 else dataclasses.replace(said[0], then=said[1])
     return CaptionSpec(text, mentioned), choose.held
 
