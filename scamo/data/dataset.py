@@ -347,9 +347,9 @@ class DatasetWriter:
         MotionDataset.open(folder, verify="full")
 
     def _close(self) -> None:
-        self._features.abandon()
-        self._clips.close()
-        self._captions.close()
+        for close in (self._features.abandon, self._clips.close, self._captions.close):
+            with contextlib.suppress(OSError):  # what cannot be flushed is thrown away anyhow
+                close()
 
 
 def _write_line(file: Any, value: dict[str, Any]) -> None:

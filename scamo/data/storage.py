@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import glob
 import hashlib
 import json
@@ -22,6 +23,7 @@ from scamo.errors import ScaMoError
 
 HEADER_BYTES = 128  # of every .npy written here: room for any shape, and aligned for memory mapping
 CHUNK_BYTES = 1 << 22
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 
 
 @contextlib.contextmanager
@@ -35,7 +37,7 @@ def whole_folder(
     mistyped path never deletes something else). What a killed writer left behind is removed by the next one.
 
     Raises:
-        ScaMoError: `folder` exists and may not be replaced, or cannot be created.
+        ScaMoError: `folder` exists and may not be replaced, or cannot be written (the disk is full, ...).
     """
     _check_replaceable(folder, overwrite)
     prefix = f".{folder.name}.writing-{socket.gethostname()}-"
@@ -61,6 +63,10 @@ def whole_folder(
         else:
             os.rename(temporary, folder)
         _fsync(folder.parent)
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise ScaMoError(f"{folder}: cannot be written: {error.strerror}") from error
+        raise
     finally:
         # The name now holds the unfinished folder, the replaced one, or nothing.
         shutil.rmtree(temporary, ignore_errors=True)

