@@ -276,7 +276,7 @@ def browse(tmp_path, page, fragment, *options):
     return subprocess.run(command, capture_output=True, timeout=120, check=True, text=True).stdout
 
 
-def test_html_plays_in_a_browser(tmp_path):
+def test_html_opens_at_a_frame_in_a_browser(tmp_path):
     page = tmp_path / "m.html"
     render.save_html([walk(text=CAPTION), walk(frames=31, text="the second")], page)
     dom = browse(tmp_path, page, "motion=2&frame=12", "--dump-dom")
@@ -284,11 +284,62 @@ def test_html_plays_in_a_browser(tmp_path):
     assert 'data-frame="12"' in dom
     assert "0.60 / 1.50 s" in dom
     assert "<title>2 motions</title>" in dom, "no caption ran as a script"
-    # Without a frame it plays by itself.
-    played = browse(tmp_path, page, "motion=1", "--dump-dom")
-    assert re.search(r"<h1[^>]*>walks &lt;/script&gt;", played)
-    assert int(re.search(r'data-frame="(\d+)"', played)[1]) > 0
-    assert ">Pause</button>" in played
+
+
+PROBE = """<script>
+const told = [];
+const key = (name) => document.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true }));
+const tell = (what) => told.push(what + " " + [motions.indexOf(motion), frame, playing, follow].join(" "));
+seek(0); tell("start");
+last = 9; clock = 0; tick(0); tell("stamp before the press");
+last = 0; clock = 0; tick(1240); tell("after 1.24 s");
+key(" "); tell("space");
+key("ArrowRight"); tell("right");
+key("ArrowLeft"); key("ArrowLeft"); tell("left left");
+key("End"); tell("end");
+key("n"); tell("n");
+key("f"); tell("f");
+key("Home"); key("ArrowLeft"); tell("home left");
+$("scrub").value = 7; $("scrub").oninput(); tell("scrub");
+const turn = azimuth;
+const pointer = (type, x) => canvas.dispatchEvent(
+  new PointerEvent(type, { pointerId: 1, clientX: x, clientY: 9, bubbles: true }));
+canvas.setPointerCapture = () => {};
+pointer("pointerdown", 0); pointer("pointermove", 100);
+pointer("pointerup", 100); pointer("pointermove", 500);
+told.push("turned " + (turn - azimuth).toFixed(2));
+canvas.dispatchEvent(new WheelEvent("wheel", { deltaY: -200, cancelable: true }));
+told.push("zoom " + (zoom > 1));
+key("r");
+told.push("reset " + (azimuth === turn && zoom === 1));
+$("caption").textContent = told.join(" | ");
+</script></body>"""
+
+
+def test_html_answers_to_clock_keys_and_pointer(tmp_path):
+    page = tmp_path / "m.html"
+    render.save_html([walk(frames=200, text=CAPTION), walk(frames=31)], page)
+    page.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
+    dom = browse(tmp_path, page, "motion=1", "--dump-dom")
+    told = re.search(r"<h1[^>]*>(.*?)</h1>", dom)
+    assert told is not None
+    assert told[1].split(" | ") == [
+        "start 0 0 true false",
+        "stamp before the press 0 0 true false",
+        "after 1.24 s 0 24 true false",
+        "space 0 24 false false",
+        "right 0 25 false false",
+        "left left 0 23 false false",
+        "end 0 199 false false",
+        "n 1 0 false false",
+        "f 1 0 false true",
+        "home left 1 0 false true",
+        "scrub 1 7 false true",
+        "turned 0.80",
+        "zoom true",
+        "reset true",
+    ]
+    assert ">Play</button>" in dom
 
 
 def test_html_draws_the_body_in_a_browser(tmp_path):
@@ -298,7 +349,7 @@ def test_html_draws_the_body_in_a_browser(tmp_path):
     with Image.open(tmp_path / "shot.png") as shot:
         picture = np.array(shot.convert("RGB"))[60:520]
     for side in ("left", "right", "middle"):
-        assert share(picture, render._COLOURS[side]) > 0.002
+        assert share(picture, render._COLOURS[side]) > 0.001
     assert share(picture, render._TILE, 4) > 0.02
     # The camera looks from the front and the body's left: its left side is on the right.
     left, right = (centre_of(picture, render._COLOURS[side])[1] for side in ("left", "right"))
