@@ -39,8 +39,8 @@ class BackwardConfig(NamedTuple):
     stages: int
 
 
-# Lengths up to which an entry of a table's row serves; the last one serves all others. Lengths choose a config and
-# are no constants of a kernel, so other lengths recompile nothing.
+# Lengths up to which an entry of a table's row serves; the last one serves all others. Lengths choose a
+# config and are no constants of a kernel, so other lengths recompile nothing.
 LENGTHS = (64, 128, 1 << 30)
 
 # (architecture, "half" or "single", padded head dim) -> a config per entry of LENGTHS. Chosen by what ptxas
