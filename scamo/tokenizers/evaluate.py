@@ -1,0 +1,162 @@
+"""How well a tokenizer reconstructs motion, and how much of its codebook it uses (paper section 4.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scamo_kernels import code_histogram
+from torch import Tensor
+from tqdm import tqdm
+
+from scamo.device import resolve_device
+from scamo.errors import ScaMoError
+from scamo.motion.features import FEATURE_DIM, features_to_joints
+from scamo.tokenizers import load_tokenizer
+from scamo.tokenizers.autoencoder import FSQAutoencoder
+from scamo.tokenizers.encode import (
+    BATCH_FRAMES,
+    ItemFeatures,
+    encode_batch,
+    length_groups,
+    open_matching,
+)
+
+# A codebook has collapsed when its exponential entropy is below this share of what it could be. The paper's
+# healthy FSQ codebooks stand at 0.53 to 0.87 of their size, its collapsed VQ ones at 0.04 and below.
+COLLAPSE_SHARE = 0.05
+
+
+def codebook_statistics(counts: Tensor) -> dict[str, Any]:
+    """What the counts (K,) of a codebook's codes say: tokens, utilisation, exp_entropy, collapsed.
+
+    utilisation: share of the codes that occur. exp_entropy: exp(-sum p log p), as many codes as an even use
+    would need. collapsed: exp_entropy below COLLAPSE_SHARE of min(K, tokens), which is the most it can be.
+    Raises ScaMoError when nothing was counted.
+    """
+    total = int(counts.sum())
+    if total == 0:
+        raise ScaMoError("no tokens to count")
+    p = counts[counts > 0].double() / total
+    entropy = math.exp(float(-(p * p.log()).sum()))
+    return {
+        "tokens": total,
+        "utilisation": int((counts > 0).sum()) / counts.numel(),
+        "exp_entropy": entropy,
+        "collapsed": entropy < COLLAPSE_SHARE * min(counts.numel(), total),
+    }
+
+
+def reconstruction_metrics(
+    tokenizer: FSQAutoencoder,
+    motions: Sequence[NDArray[np.float32]],
+    lengths: Sequence[int] | NDArray,
+    *,
+    fps: float,
+    batch_frames: int = BATCH_FRAMES,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Encode and decode motions, each as if alone, and compare. Averages are over frames (and joints).
+
+    motions: raw features (T, C), of which the frames past a whole token are cut; lengths: their T.
+    Returns `codebook_statistics` and
+        motions, frames, too_short: how many were compared, and how many were shorter than a token.
+        l1: mean absolute error of the normalised features.
+        mpjpe_mm: distance of the 22 joints after moving both pelves to the origin in each frame.
+        root_mm: distance of the pelves; it grows along a motion, as the root is integrated from velocities.
+        velocity_mm_s, acceleration_mm_s2: distance of the joints' velocities and accelerations.
+    The joint measures are there for 263-d features only. Raises ScaMoError when nothing is long enough.
+    """
+    device = tokenizer.mean.device
+    counts = torch.zeros(tokenizer.codes, dtype=torch.int64, device=device)
+    sums: dict[str, float] = dict.fromkeys(("l1", "mpjpe", "root", "velocity", "acceleration"), 0.0)
+    frames = steps = bends = compared = 0
+    total = int((np.asarray(lengths) // tokenizer.downsampling).sum())
+    with (
+        torch.inference_mode(),
+        tqdm(total=total, desc="tokens", unit="tok", unit_scale=True, disable=not progress) as bar,
+    ):
+        for batch in length_groups(lengths, tokenizer.downsampling, batch_frames):
+            features, indices = encode_batch(tokenizer, motions, batch)
+            decoded = tokenizer.decode(indices)
+            counts += code_histogram(indices, tokenizer.codes)
+            size, length, width = features.shape
+            compared, frames = compared + size, frames + size * length
+            steps, bends = steps + size * (length - 1), bends + size * (length - 2)
+            sums["l1"] += float(((decoded - features) / tokenizer.std).abs().double().sum()) / width
+            if width == FEATURE_DIM:
+                true, made = features_to_joints(features.double()), features_to_joints(decoded.double())
+                error = made - true
+                sums["mpjpe"] += _lengths(error - error[:, :, :1])
+                sums["root"] += _lengths(error[:, :, :1])
+                sums["velocity"] += _lengths(error.diff(dim=1))
+                sums["acceleration"] += _lengths(error.diff(n=2, dim=1))
+            bar.update(indices.numel())
+    if compared == 0:
+        raise ScaMoError(
+            f"none of the {len(lengths)} motions has {tokenizer.downsampling} frames, which one token needs"
+        )
+    report: dict[str, Any] = {
+        "motions": compared,
+        "frames": frames,
+        "too_short": len(lengths) - compared,
+        "l1": sums["l1"] / frames,
+    }
+    if tokenizer.config.feature_dim == FEATURE_DIM:
+        report |= {
+            "mpjpe_mm": 1000 * sums["mpjpe"] / frames,
+            "root_mm": 1000 * sums["root"] / frames,
+            "velocity_mm_s": 1000 * fps * sums["velocity"] / max(steps, 1),
+            "acceleration_mm_s2": 1000 * fps**2 * sums["acceleration"] / max(bends, 1),
+        }
+    return report | codebook_statistics(counts)
+
+
+def _lengths(vectors: Tensor) -> float:
+    """Sum over motions and frames of the mean over joints of |vectors|: (B, T, J, 3) -> a number."""
+    return float(vectors.norm(dim=-1).mean(dim=-1).sum())
+
+
+def evaluate_tokenizer(
+    folder: str | Path,
+    dataset_folder: str | Path,
+    *,
+    split: str = "test",
+    device: str = "auto",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Reconstruction and codebook use of a trained tokenizer on a split of a dataset.
+
+    Args:
+        folder: the tokenizer.
+        dataset_folder: the dataset.
+        split: train, val or test; every item of it is compared.
+        device: auto, cpu or cuda.
+        progress: show a bar.
+
+    Returns:
+        `reconstruction_metrics` and split, codes (K), tokens_per_second of motion, bits_per_second
+        (tokens_per_second log2 K).
+
+    Raises:
+        ScaMoError: a folder that does not open or fit, an unknown or empty split.
+    """
+    tokenizer = load_tokenizer(folder, resolve_device(device))
+    dataset = open_matching(tokenizer, dataset_folder)
+    motions = ItemFeatures(dataset, dataset.items(split))
+    if not len(motions):
+        raise ScaMoError(f"{dataset.folder}: the split {split} is empty")
+    metrics = reconstruction_metrics(tokenizer, motions, motions.lengths, fps=dataset.fps, progress=progress)
+    rate = dataset.fps / tokenizer.downsampling
+    head = {
+        "split": split,
+        "codes": tokenizer.codes,
+        "tokens_per_second": rate,
+        "bits_per_second": rate * math.log2(tokenizer.codes),
+    }
+    return head | metrics

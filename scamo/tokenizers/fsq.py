@@ -1,0 +1,35 @@
+"""The quantiser of the tokenizer: two projections around `scamo_kernels.fsq_quantize`, all in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from scamo_kernels import fsq_dequantize, fsq_quantize
+from torch import Tensor, nn
+
+
+class FSQ(nn.Module):
+    """Finite scalar quantisation between two linear maps (paper eqs. 3-4; facts of the released code).
+
+    There is no codebook to learn: with K channels, each of `levels[i]` values, the code of a latent is one of
+    prod(levels). Gradients pass straight through the rounding to `project_in`.
+    """
+
+    def __init__(self, levels: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.levels = tuple(levels)
+        self.project_in = nn.Linear(width, len(self.levels))
+        self.project_out = nn.Linear(len(self.levels), width)
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """latents (..., width), any float dtype -> quantised float32 (..., width), indices int32 (...)."""
+        # A bf16 tanh and rounding would flip about one code in a hundred.
+        with torch.autocast(latents.device.type, enabled=False):
+            codes, indices = fsq_quantize(self.project_in(latents.float()), self.levels)
+            return self.project_out(codes), indices
+
+    def embed(self, indices: Tensor) -> Tensor:
+        """indices int32 or int64 (...) -> quantised float32 (..., width)."""
+        with torch.autocast(indices.device.type, enabled=False):
+            return self.project_out(fsq_dequantize(indices, self.levels, dtype=self.project_out.weight.dtype))

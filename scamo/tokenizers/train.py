@@ -1,0 +1,322 @@
+"""Training of the Motion FSQ-VAE: random windows, SmoothL1, AdamW (paper eq. 4 and Tab. 4)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from scamo.config import TokenizerRunConfig, TokenizerTrainingConfig, to_dict
+from scamo.data.dataset import MotionDataset
+from scamo.data.storage import whole_folder
+from scamo.device import resolve_device
+from scamo.errors import ScaMoError
+from scamo.motion.features import FEATURE_DIM, POSITIONS, ROOT
+from scamo.tokenizers.autoencoder import FSQAutoencoder
+from scamo.tokenizers.encode import ItemFeatures
+from scamo.tokenizers.evaluate import COLLAPSE_SHARE, reconstruction_metrics
+
+
+class Windows:
+    """Batches of random windows of a split's clips; batch `step` is a function of (seed, step) alone.
+
+    Every window of the split is equally likely, so a long clip is drawn more often. clips: how many are long
+    enough; skipped: how many are not; windows: how many different windows there are.
+
+    Raises:
+        ScaMoError: no clip of the split is as long as a window.
+    """
+
+    def __init__(
+        self, dataset: MotionDataset, split: str, *, window: int, batch_size: int, seed: int
+    ) -> None:
+        self.dataset, self.window, self.batch_size, self.seed = dataset, window, batch_size, seed
+        clips = np.array([s == split for s in dataset.clip_splits], dtype=bool)
+        lengths = np.diff(dataset.clip_offsets)
+        chosen = np.flatnonzero(clips & (lengths >= window))
+        self.clips, self.skipped = len(chosen), int(clips.sum()) - len(chosen)
+        if not self.clips:
+            longest = int(lengths[clips].max()) if clips.any() else 0
+            raise ScaMoError(
+                f"{dataset.folder}: no clip of the split {split} has the {window} frames of a window; "
+                f"the longest of {int(clips.sum())} has {longest}"
+            )
+        self._clips = chosen
+        self._ends = np.cumsum(lengths[chosen] - window + 1)
+        self.windows = int(self._ends[-1])
+
+    def draw(self, step: int) -> NDArray[np.int64]:
+        """The windows of a step: int64 (batch_size, 2) of clip and first frame."""
+        numbers = np.random.default_rng((self.seed, step)).integers(self.windows, size=self.batch_size)
+        place = np.searchsorted(self._ends, numbers, side="right")
+        first = numbers - np.where(place > 0, self._ends[place - 1], 0)
+        return np.stack([self._clips[place], first], axis=1)
+
+    def batch(self, step: int) -> Tensor:
+        """Raw features float32 (batch_size, window, C) of a step."""
+        out = np.empty((self.batch_size, self.window, self.dataset.feature_dim), dtype=np.float32)
+        for row, (clip, first) in zip(out, self.draw(step), strict=True):
+            row[:] = self.dataset.clip_features(clip)[first : first + self.window]
+        return torch.from_numpy(out)
+
+
+def feature_weights(config: TokenizerTrainingConfig, feature_dim: int) -> Tensor:
+    """Weight of each normalised feature in the loss, float32 (C,): 1/C, and more for positions and root.
+
+    With the defaults the loss is the released code's: SmoothL1 averaged over the features, plus half the
+    SmoothL1 averaged over features 4:67. Other widths than 263 have no positions or root to weigh.
+    """
+    weights = torch.full((feature_dim,), 1 / feature_dim)
+    if feature_dim == FEATURE_DIM:
+        for part, weight in ((POSITIONS, config.position_weight), (ROOT, config.root_weight)):
+            weights[part] += weight / (part.stop - part.start)
+    return weights
+
+
+def reconstruction_loss(made: Tensor, true: Tensor, weights: Tensor) -> Tensor:
+    """SmoothL1 of normalised features (B, T, C), weighted per feature (C,), averaged over B and T."""
+    return (torch.nn.functional.smooth_l1_loss(made, true, reduction="none") * weights).sum(-1).mean()
+
+
+def learning_rate(config: TokenizerTrainingConfig, step: int) -> float:
+    """Rate of step 0, 1, ...: linear warm-up, constant, then times `decay` from `milestone` of the run on."""
+    warmup = round(config.warmup_ratio * config.steps)
+    rate = config.learning_rate * min(1.0, (step + 1) / (warmup + 1))
+    return rate * config.decay if step >= config.milestone * config.steps else rate
+
+
+def use_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether the convolutions run in bfloat16. "auto": on GPUs that have it and on CPUs with AMX.
+
+    Raises ScaMoError for "bfloat16" on a GPU without it.
+    """
+    if device.type == "cuda":
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+        if precision == "bfloat16" and not has:
+            raise ScaMoError(f"precision = 'bfloat16': {torch.cuda.get_device_name(device)} does not have it")
+    else:
+        has = torch.cpu.get_capabilities().get("amx_bf16", False)
+    return precision == "bfloat16" or (precision == "auto" and has)
+
+
+def train_tokenizer(
+    config: TokenizerRunConfig,
+    dataset_folder: str | Path,
+    out_folder: str | Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train a tokenizer on the train split and write it to OUT, with its log.jsonl.
+
+    The weights kept are those of the last step, whose rate has decayed; validation only reports. At every
+    validation but the last the tokenizer so far is written to OUT.unfinished (whole and loadable), which a
+    run that ends well removes. On the CPU the same config, data, threads and precision give the same bits.
+
+    Args:
+        config: the network and the recipe.
+        dataset_folder: the dataset.
+        out_folder: the tokenizer folder to write.
+        device: auto, cpu or cuda.
+        threads: CPU threads; None leaves torch's number.
+        overwrite: replace an existing tokenizer.
+        progress: show a bar and print each validation.
+
+    Returns:
+        The last validation's metrics (see `reconstruction_metrics`; empty without a val split) and the loss.
+
+    Raises:
+        ScaMoError: the dataset does not open or fit, no clip is as long as a window, OUT exists, or the loss
+            stops being finite; OUT is then not written.
+    """
+    out = Path(out_folder)
+    if out.exists() and not overwrite:
+        raise ScaMoError(f"{out} exists: choose another name, or ask for it to be overwritten")
+    training, where = config.training, resolve_device(device)
+    bfloat16 = use_bfloat16(training.precision, where)
+    dataset = MotionDataset.open(dataset_folder)
+    if dataset.feature_dim != config.tokenizer.feature_dim:
+        raise ScaMoError(
+            f"{dataset.folder}: {dataset.feature_dim} features a frame, the config has "
+            f"tokenizer.feature_dim = {config.tokenizer.feature_dim}"
+        )
+    if training.window % config.tokenizer.downsampling:
+        raise ScaMoError(
+            f"training.window = {training.window}: expected a multiple of the "
+            f"{config.tokenizer.downsampling} frames of a token"
+        )
+    windows = Windows(
+        dataset, "train", window=training.window, batch_size=training.batch_size, seed=training.seed
+    )
+    validation = ItemFeatures(dataset, dataset.items("val"))
+    threads_before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        with whole_folder(out, overwrite=overwrite) as temporary:
+            run = _Run(config, dataset, windows, validation, where, bfloat16, progress)
+            report = run.train(out.with_name(out.name + ".unfinished"))
+            run.write(temporary, finished=True)
+        shutil.rmtree(out.with_name(out.name + ".unfinished"), ignore_errors=True)
+    finally:
+        torch.set_num_threads(threads_before)
+    return report
+
+
+class _Run:
+    """One training: what its steps, validations and folders share."""
+
+    def __init__(
+        self,
+        config: TokenizerRunConfig,
+        dataset: MotionDataset,
+        windows: Windows,
+        validation: ItemFeatures,
+        device: torch.device,
+        bfloat16: bool,
+        progress: bool,
+    ) -> None:
+        self.config, self.training = config, config.training
+        self.dataset, self.windows, self.validation = dataset, windows, validation
+        self.device, self.bfloat16, self.progress = device, bfloat16, progress
+        self.step = 0
+        self.log: list[dict[str, Any]] = []
+        self.collapsed = False
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.training.seed)
+            self.model = FSQAutoencoder(config.tokenizer, dataset.mean, dataset.std).to(device)
+        self.weights = feature_weights(self.training, dataset.feature_dim).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            betas=self.training.betas,
+            weight_decay=self.training.weight_decay,
+            fused=True,
+        )
+
+    def train(self, unfinished: Path) -> dict[str, Any]:
+        training = self.training
+        report: dict[str, Any] = {}
+        self._say(
+            f"train: {self.windows.clips} clips, {self.windows.windows} windows of {training.window} frames; "
+            f"{self.windows.skipped} clips are shorter and skipped"
+        )
+        if not len(self.validation):
+            self._say("the dataset has no val split: nothing will be validated")
+        total, since, started = torch.zeros((), device=self.device), 0, time.perf_counter()
+        with tqdm(total=training.steps, desc="tokenizer", unit="step", disable=not self.progress) as bar:
+            while self.step < training.steps:
+                total += self._update()
+                self.step, since = self.step + 1, since + 1
+                bar.update()
+                last = self.step == training.steps
+                validate = last or self.step % training.validate_every == 0
+                if not (validate or self.step % training.log_every == 0):
+                    continue
+                # One NaN makes the sum NaN: a look once in a while sees all and does not stall a GPU.
+                loss = float(total) / since
+                if not np.isfinite(loss):
+                    self._refuse(since)
+                seconds = time.perf_counter() - started
+                speed = since * training.batch_size * training.window / seconds
+                self._record(
+                    loss=loss,
+                    learning_rate=learning_rate(training, self.step - 1),
+                    frames_per_second=round(speed),
+                )
+                bar.set_postfix(loss=f"{loss:.4f}", frames_s=f"{speed:,.0f}")
+                if validate and len(self.validation):
+                    report = self._validate() | {"loss": loss}
+                elif last:
+                    report = {"loss": loss}
+                if validate and not last:
+                    with whole_folder(unfinished, overwrite=unfinished.exists()) as folder:
+                        self.write(folder, finished=False)
+                total.zero_()
+                since, started = 0, time.perf_counter()
+        return report
+
+    def _update(self) -> Tensor:
+        """One step of the optimiser; returns its loss, detached."""
+        true = self.model.normalize(self.windows.batch(self.step).to(self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            made = self.model(true).features
+        loss = reconstruction_loss(made, true, self.weights)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.training.clip_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.training, self.step)
+        self.optimizer.step()
+        return loss.detach()
+
+    def _validate(self) -> dict[str, Any]:
+        self.model.eval()
+        metrics = reconstruction_metrics(
+            self.model, self.validation, self.validation.lengths, fps=self.dataset.fps
+        )
+        self.model.train()
+        self._record(validation=metrics)
+        joints = f"MPJPE {metrics['mpjpe_mm']:.1f} mm, " if "mpjpe_mm" in metrics else ""
+        self._say(
+            f"step {self.step}: L1 {metrics['l1']:.4f}, {joints}utilisation {metrics['utilisation']:.1%}, "
+            f"exp. entropy {metrics['exp_entropy']:.0f} of {self.model.codes}"
+        )
+        if metrics["collapsed"] and not self.collapsed:
+            most = min(self.model.codes, metrics["tokens"])
+            self._say(
+                f"warning: the codebook has collapsed at step {self.step}: exp. entropy "
+                f"{metrics['exp_entropy']:.1f} is below {COLLAPSE_SHARE:.0%} of the {most} it could be",
+                always=True,
+            )
+        self.collapsed = metrics["collapsed"]
+        return metrics
+
+    def _refuse(self, since: int) -> None:
+        """Stop at a loss that is not finite, and say where it comes from."""
+        first = self.step - since
+        message = f"the loss is not finite between steps {first} and {self.step - 1}"
+        for step in range(first, self.step):
+            bad = ~self.windows.batch(step).isfinite().all(-1).all(-1)
+            if bad.any():
+                clip, frame = self.windows.draw(step)[int(bad.int().argmax())]
+                name = self.dataset.clip_names[clip]
+                raise ScaMoError(
+                    f"{message}: clip {name} has features that are not finite from frame {frame} on"
+                )
+        rate = learning_rate(self.training, self.step - 1)
+        raise ScaMoError(f"{message}: lower training.learning_rate (now {rate:g}) or set training.clip_norm")
+
+    def _record(self, **values: Any) -> None:
+        self.log.append({"step": self.step} | values)
+
+    def _say(self, message: str, *, always: bool = False) -> None:
+        if self.progress or always:
+            tqdm.write(message)
+
+    def write(self, folder: Path, *, finished: bool) -> None:
+        """The tokenizer as it is now, its log and where it comes from, into an existing folder."""
+        with contextlib.closing(open(folder / "log.jsonl", "w", encoding="utf-8")) as file:
+            file.writelines(json.dumps(line) + "\n" for line in self.log)
+        provenance = {
+            "training": to_dict(self.training),
+            "dataset": {"name": self.dataset.folder.name, "manifest_sha256": self.dataset.manifest_sha256},
+            "clips": self.windows.clips,
+            "clips_shorter_than_the_window": self.windows.skipped,
+            "step": self.step,
+            "finished": finished,
+            "precision": "bfloat16" if self.bfloat16 else "float32",
+            "torch": torch.__version__,
+        }
+        self.model.write_files(folder, provenance=provenance)
