@@ -26,9 +26,9 @@ def generate_tokens(
 ) -> list[NDArray[np.int32]]:
     """Sample motion tokens for a batch of texts until EOS or the limit.
 
-    texts: text states, float (P_i, text width) each. keys: int64 (B,), the noise of each (prompt_keys). EOS is
-    forbidden before `min_tokens` tokens, so that no motion is empty (the released sampler returns code 1 in that
-    case). Returns the codes of each row without EOS, 1 to max_tokens of them.
+    texts: text states, float (P_i, text width) each. keys: int64 (B,), the noise of each (prompt_keys).
+    EOS is forbidden before `min_tokens` tokens, so that no motion is empty (the released sampler returns code
+    1 in that case). Returns the codes of each row without EOS, 1 to max_tokens of them.
 
     Raises:
         ScaMoError: an empty text, or limits outside 1 <= min_tokens <= max_tokens <= config.max_motion.

@@ -68,7 +68,9 @@ def test_fused_rotation_has_the_gradient_of_plain_autograd():
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 4), (7, 6)])
-def test_rms_norm_is_the_closed_form_and_so_are_its_gradients(rows, width):
+@pytest.mark.parametrize("block", [3, 256])
+def test_rms_norm_is_the_closed_form_and_so_are_its_gradients(rows, width, block, monkeypatch):
+    monkeypatch.setattr(layers._RMSNormCPU, "ROWS", block)
     norm = RMSNorm(width, 1e-5).double()
     x, weight = randn(rows, width), randn(width, seed=1)
     norm.weight.data.copy_(weight)
