@@ -1,9 +1,9 @@
 """Packed attention from PyTorch's matrix products: what trains on a CPU.
 
 Samples of similar length are gathered into small padded batches whose scores stay in the cache. On 4096 rows
-in samples of 20-80 (one core, forward and backward) this takes 0.8-0.9 of the time of one SDPA call per
-sample in float32 and 0.3-0.4 in bfloat16. What depends on the lengths only is planned once per batch and
-kept, keyed by the lengths' values, so that a model's layers share it.
+in samples of 20-80 (one core, forward and backward) this takes about 0.8 of the CPU time of one SDPA call per
+sample in float32 and 0.3 in bfloat16. What depends on the lengths only is planned once per batch and kept,
+keyed by the lengths' values, so that a model's layers share it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,17 @@ class _Task(NamedTuple):
     samples: int
     heads: int
     rows: int
-    gather: Tensor  # int64 (samples * heads * rows): its rows among the packed tokens * heads
-    kept: Tensor | None  # int64: which of those are real; None when all are
-    target: Tensor  # int64: where the real ones go among the packed tokens * heads
+    span: slice  # where its rows stand in the gathered tensors
     bias: Tensor  # float32 (samples, 1, rows, rows): 0 or -inf
-    alive: (
-        Tensor | None
-    )  # float32 (samples, 1, rows, 1): 0 on padding and rows that see no key; None when all are 1
+    alive: Tensor | None  # float32 (samples, 1, rows, 1): 0 on padding and on rows without a key; None: all 1
+
+
+class _Plan(NamedTuple):
+    """The tasks, the packed (token, head) rows that they stand on, and the way back; int64."""
+
+    gather: Tensor  # (gathered rows,)
+    back: Tensor  # (tokens * heads,): index_select with it is much faster than index_copy_
+    tasks: list[_Task]
 
 
 def check_values(cu_seqlens: Tensor, bounds: Tensor, prefix: bool, tokens: int, max_seqlen: int) -> int:
@@ -49,16 +53,16 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bounds: Tensor, prefix: bool, scale: float
 ) -> Tensor:
     """The output, like q."""
-    dtype = compute_dtype(q.dtype)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    query, key, value, flat_out = (_rows(x) for x in (q, k, v, out))
-    for task in _tasks(q, cu_seqlens, bounds, prefix):
-        a, b, c = (_gather(x, task, dtype) for x in (query, key, value))
-        result = torch.bmm(_weights(a, b, task, scale), c)
+    plan = _plan(_bytes(cu_seqlens), _bytes(bounds), prefix, q.shape[1], q.device)
+    rows = [_rows(x) for x in (q, k, v)]
+    out = _empty(q, plan)
+    for task in plan.tasks:
+        a, b, c = (_gather(x, plan, task) for x in rows)
+        result = _part(out, task)
+        torch.bmm(_weights(a, b, task, scale), c, out=result)
         if task.alive is not None:
             _per_sample(result, task).mul_(task.alive)
-        _scatter(flat_out, result, task)
-    return out
+    return _scatter(out, plan, q)
 
 
 def backward(
@@ -72,23 +76,24 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
-    dtype = compute_dtype(q.dtype)
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    flat_grads = [_rows(x) for x in grads]
+    plan = _plan(_bytes(cu_seqlens), _bytes(bounds), prefix, q.shape[1], q.device)
     rows = [_rows(x) for x in (q, k, v, grad)]
-    for task in _tasks(q, cu_seqlens, bounds, prefix):
-        a, b, c, g = (_gather(x, task, dtype) for x in rows)
+    grad_queries, grad_keys, grad_values = (_empty(x, plan) for x in (q, k, v))
+    for task in plan.tasks:
+        a, b, c, g = (_gather(x, plan, task) for x in rows)
         if task.alive is not None:
             _per_sample(g, task).mul_(task.alive)
         weights = _weights(a, b, task, scale)
-        grad_v = torch.bmm(weights.transpose(1, 2), g)
+        torch.bmm(weights.transpose(1, 2), g, out=_part(grad_values, task))
         slope = torch.bmm(g, c.transpose(1, 2))
         slope.sub_((slope * weights).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
-        grad_q = torch.bmm(slope, b)
-        grad_k = torch.bmm(slope.transpose(1, 2), a)
-        for target, result in zip(flat_grads, (grad_q, grad_k, grad_v), strict=True):
-            _scatter(target, result, task)
-    return grads[0], grads[1], grads[2]
+        torch.bmm(slope, b, out=_part(grad_queries, task))
+        torch.bmm(slope.transpose(1, 2), a, out=_part(grad_keys, task))
+    return (
+        _scatter(grad_queries, plan, q),
+        _scatter(grad_keys, plan, k),
+        _scatter(grad_values, plan, v),
+    )
 
 
 def _weights(a: Tensor, b: Tensor, task: _Task, scale: float) -> Tensor:
@@ -102,17 +107,27 @@ def _rows(x: Tensor) -> Tensor:
     return x.contiguous().view(-1, x.shape[2])
 
 
+def _empty(like: Tensor, plan: _Plan) -> Tensor:
+    shape = (plan.gather.shape[0], like.shape[2])
+    return torch.empty(shape, dtype=compute_dtype(like.dtype), device=like.device)
+
+
+def _gather(rows: Tensor, plan: _Plan, task: _Task) -> Tensor:
+    """The task's rows in the dtype of the computation; one task at a time, so that they stay in the cache."""
+    part = rows.index_select(0, plan.gather[task.span]).to(compute_dtype(rows.dtype))
+    return part.view(task.samples * task.heads, task.rows, -1)
+
+
+def _scatter(result: Tensor, plan: _Plan, like: Tensor) -> Tensor:
+    return result.to(like.dtype).index_select(0, plan.back).view(like.shape)
+
+
+def _part(x: Tensor, task: _Task) -> Tensor:
+    return x[task.span].view(task.samples * task.heads, task.rows, -1)
+
+
 def _per_sample(x: Tensor, task: _Task) -> Tensor:
     return x.view(task.samples, task.heads, task.rows, -1)
-
-
-def _gather(x: Tensor, task: _Task, dtype: torch.dtype) -> Tensor:
-    return x.index_select(0, task.gather).to(dtype).view(task.samples * task.heads, task.rows, x.shape[1])
-
-
-def _scatter(target: Tensor, result: Tensor, task: _Task) -> None:
-    flat = result.view(-1, target.shape[1]).to(target.dtype)
-    target.index_copy_(0, task.target, flat if task.kept is None else flat.index_select(0, task.kept))
 
 
 def _bytes(x: Tensor) -> bytes:
@@ -154,38 +169,51 @@ def _shorten(values: list[int]) -> str:
     return str(values) if len(values) <= 8 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"
 
 
-def _tasks(q: Tensor, cu_seqlens: Tensor, bounds: Tensor, prefix: bool) -> list[_Task]:
-    return _plan(_bytes(cu_seqlens), _bytes(bounds), prefix, q.shape[1], q.device)
-
-
 @functools.lru_cache(maxsize=4)
-def _plan(cu_seqlens: bytes, bounds: bytes, prefix: bool, heads: int, device: torch.device) -> list[_Task]:
+def _plan(cu_seqlens: bytes, bounds: bytes, prefix: bool, heads: int, device: torch.device) -> _Plan:
     cu = np.frombuffer(cu_seqlens, np.int32).astype(np.int64)
     values = np.frombuffer(bounds, np.int32)
     lengths = np.diff(cu)
     order = np.argsort(lengths, kind="stable")
     order = order[lengths[order] > 0]
+    gather: list[np.ndarray] = []
+    back = np.zeros(int(cu[-1]) * heads, np.int64)
     tasks: list[_Task] = []
+    first = 0
     while order.size:
         sizes = lengths[order]
         # The longest run of similar lengths whose scores fit the budget, and at least one sample.
         count = np.arange(1, order.size + 1)
         fits = (count * heads * sizes * sizes <= _SCORES) & (sizes <= 1.25 * sizes[0] + 4)
         taken = max(1, order.size if fits.all() else int(np.argmin(fits)))
-        tasks += _batch(order[:taken], cu, values, prefix, heads, device)
-        order = order[taken:]
-    return tasks
+        samples, order = order[:taken], order[taken:]
+        real, packed, bias, alive = _masks(samples, cu, values, prefix)
+        bias, alive = bias.to(device), None if alive is None else alive.to(device)
+        rows = packed.shape[1]
+        # A single long sample is cut into groups of heads.
+        step = heads if taken > 1 else max(1, min(heads, _SCORES // (rows * rows)))
+        for low in range(0, heads, step):
+            head = np.arange(low, min(heads, low + step))
+            flat = (packed[:, None, :] * heads + head[:, None]).reshape(-1)
+            keep = np.flatnonzero(np.broadcast_to(real[:, None, :], (taken, head.size, rows)))
+            gather.append(flat)
+            back[flat[keep]] = first + keep
+            span = slice(first, first + flat.size)
+            tasks.append(_Task(taken, head.size, rows, span, bias, alive))
+            first += flat.size
+    rows_of = np.concatenate(gather) if gather else np.zeros(0, np.int64)
+    return _Plan(torch.from_numpy(rows_of).to(device), torch.from_numpy(back).to(device), tasks)
 
 
-def _batch(
-    samples: np.ndarray, cu: np.ndarray, values: np.ndarray, prefix: bool, heads: int, device: torch.device
-) -> list[_Task]:
-    """One padded batch of these samples; a single long sample is cut into groups of heads."""
+def _masks(
+    samples: np.ndarray, cu: np.ndarray, values: np.ndarray, prefix: bool
+) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor | None]:
+    """Which (samples, rows) are real, the packed row that each stands on; `bias` and `alive` of a _Task."""
     starts, lengths = cu[samples][:, None], np.diff(cu)[samples][:, None]
-    rows = int(lengths.max())
-    row = np.arange(rows)[None]
+    row = np.arange(int(lengths.max()))[None]
     real = row < lengths
-    # Padding repeats the sample's last row: finite numbers that the mask and `alive` take out again.
+    # Padding repeats the sample's last row: numbers of its own sample that the mask and `alive` take out
+    # again.
     packed = starts + np.minimum(row, lengths - 1)
     if prefix:
         prefixes = values[samples][:, None]
@@ -194,18 +222,7 @@ def _batch(
         limit = values[packed]
     alive = real & (limit > 0)
     hidden = row[:, None, :] >= np.maximum(limit, 1)[:, :, None]
-    bias = torch.zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden), -math.inf)[:, None].to(device)
-    weight = None if alive.all() else torch.from_numpy(alive.astype(np.float32))[:, None, :, None].to(device)
-    step = heads
-    if len(samples) == 1:
-        step = max(1, min(heads, _SCORES // (rows * rows)))
-    tasks = []
-    for first in range(0, heads, step):
-        head = np.arange(first, min(heads, first + step))
-        gather = (packed[:, None, :] * heads + head[None, :, None]).reshape(-1)
-        keep = np.broadcast_to(real[:, None, :], (len(samples), head.size, rows)).reshape(-1)
-        kept = None if keep.all() else torch.from_numpy(np.flatnonzero(keep)).to(device)
-        target = torch.from_numpy(gather[keep]).to(device)
-        gathered = torch.from_numpy(gather).to(device)
-        tasks.append(_Task(len(samples), head.size, rows, gathered, kept, target, bias, weight))
-    return tasks
+    bias = torch.zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden), -math.inf)[:, None]
+    if alive.all():
+        return real, packed, bias, None
+    return real, packed, bias, torch.from_numpy(alive.astype(np.float32))[:, None, :, None]
