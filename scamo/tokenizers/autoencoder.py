@@ -124,10 +124,15 @@ class Decoder(nn.Module):
 
 
 class Reconstruction(NamedTuple):
-    """What a forward pass gives: normalised features (B, N * downsampling, C), indices int32 (B, N)."""
+    """What a forward pass gives, with gradients but for the indices.
+
+    features: normalised, float32 (B, N * downsampling, C); indices: int32 (B, N); z: what was bounded and
+    rounded to them, float32 (B, N, channels).
+    """
 
     features: Tensor
     indices: Tensor
+    z: Tensor
 
 
 class FSQAutoencoder(nn.Module):
@@ -182,8 +187,8 @@ class FSQAutoencoder(nn.Module):
 
         Under autocast the convolutions run in its dtype; the quantiser stays in float32.
         """
-        quantised, indices = self.quantizer(self.encoder(self._whole_tokens(normalized)))
-        return Reconstruction(self.decoder(quantised).float(), indices)
+        quantised, indices, z = self.quantizer(self.encoder(self._whole_tokens(normalized)))
+        return Reconstruction(self.decoder(quantised).float(), indices, z)
 
     def encode(self, features: Tensor) -> Tensor:
         """Raw features (B, T, C) -> indices int32 (B, T // downsampling); frames past a whole token are cut.

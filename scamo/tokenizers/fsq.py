@@ -22,12 +22,16 @@ class FSQ(nn.Module):
         self.project_in = nn.Linear(width, len(self.levels))
         self.project_out = nn.Linear(len(self.levels), width)
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """latents (..., width), any float dtype -> quantised float32 (..., width), indices int32 (...)."""
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """latents (..., width), any float dtype -> quantised (..., width), indices int32 (...), z (..., K).
+
+        quantised and z, what is bounded and rounded, are float32.
+        """
         # A bf16 tanh and rounding would flip about one code in a hundred.
         with torch.autocast(latents.device.type, enabled=False):
-            codes, indices = fsq_quantize(self.project_in(latents.float()), self.levels)
-            return self.project_out(codes), indices
+            z = self.project_in(latents.float())
+            codes, indices = fsq_quantize(z, self.levels)
+            return self.project_out(codes), indices, z
 
     def embed(self, indices: Tensor) -> Tensor:
         """indices int32 or int64 (...) -> quantised float32 (..., width)."""

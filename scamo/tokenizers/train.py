@@ -25,6 +25,9 @@ from scamo.tokenizers.autoencoder import FSQAutoencoder
 from scamo.tokenizers.encode import ItemFeatures
 from scamo.tokenizers.evaluate import COLLAPSE_SHARE, reconstruction_metrics
 
+# Every level of up to 8 is reached within |z| <= 1.4; the slope of tanh is 0.18 here.
+SATURATED = 1.5
+
 
 class Windows:
     """Batches of random windows of a split's clips; batch `step` is a function of (seed, step) alone.
@@ -85,6 +88,14 @@ def feature_weights(config: TokenizerTrainingConfig, feature_dim: int) -> Tensor
 def reconstruction_loss(made: Tensor, true: Tensor, weights: Tensor) -> Tensor:
     """SmoothL1 of normalised features (B, T, C), weighted per feature (C,), averaged over B and T."""
     return (torch.nn.functional.smooth_l1_loss(made, true, reduction="none") * weights).sum(-1).mean()
+
+
+def saturation(z: Tensor) -> Tensor:
+    """Mean squared excess of |z| over SATURATED: (..., channels) -> a number.
+
+    Beyond, tanh is flat: all motions fall on one code, and no gradient brings them back.
+    """
+    return (z.abs() - SATURATED).relu().square().mean()
 
 
 def learning_rate(config: TokenizerTrainingConfig, step: int) -> float:
@@ -250,8 +261,10 @@ class _Run:
         """One step of the optimiser; returns its loss, detached."""
         true = self.model.normalize(self.windows.batch(self.step).to(self.device))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            made = self.model(true).features
-        loss = reconstruction_loss(made, true, self.weights)
+            made = self.model(true)
+        loss = reconstruction_loss(made.features, true, self.weights)
+        if self.training.saturation_weight:
+            loss = loss + self.training.saturation_weight * saturation(made.z)
         self.optimizer.zero_grad()
         loss.backward()
         if self.training.clip_norm > 0:

@@ -189,11 +189,11 @@ def test_gradients_pass_the_rounding():
 def test_quantiser_stays_in_float32_under_autocast():
     quantizer = FSQ((8, 5, 5, 5), 16)
     latents = torch.randn(64, 16)
-    expected, indices = quantizer(latents)
+    expected, indices, _ = quantizer(latents)
     with torch.autocast("cpu", torch.bfloat16):
-        codes, same = quantizer(latents)
+        codes, same, z = quantizer(latents)
         embedded = quantizer.embed(same)
-    assert codes.dtype == embedded.dtype == torch.float32
+    assert codes.dtype == embedded.dtype == z.dtype == torch.float32
     assert torch.equal(codes, expected)
     assert torch.equal(same, indices)
     torch.testing.assert_close(embedded, expected)
