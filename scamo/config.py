@@ -89,9 +89,9 @@ class TokenizerTrainingConfig:
     """Tokenizer training (paper Tab. 4 and the defaults that the released code inherits).
 
     position_weight: extra weight of the local positions, features 4:67 (the released code's 0.5).
-    root_weight: extra weight of the root's velocities and height, features 0:4, which paths are integrated from.
-    saturation_weight: weight of the squared excess of the latents over 1.5, where tanh has lost its slope; above
-        0 it keeps a codebook alive under learning rates that are high for the width.
+    root_weight: extra weight of the root's velocities and height, features 0:4, that paths come from.
+    saturation_weight: weight of the squared excess of the latents over 1.5, where tanh has lost its slope;
+        above 0 it keeps a codebook alive under learning rates that are high for the width.
     precision: of the convolutions: float32, bfloat16, or auto (bfloat16 where matrix units make it fast).
     """
 

@@ -25,7 +25,7 @@ from scamo.tokenizers.autoencoder import FSQAutoencoder
 from scamo.tokenizers.encode import ItemFeatures
 from scamo.tokenizers.evaluate import COLLAPSE_SHARE, reconstruction_metrics
 
-# Every level of up to 8 is reached within |z| <= 1.4; the slope of tanh is 0.18 here.
+# Each of up to 8 levels is reached within |z| < 1.43; here the slope of tanh is 0.18.
 SATURATED = 1.5
 
 
