@@ -50,7 +50,7 @@ BACKWARD: dict[tuple[int, str, int], tuple[BackwardConfig, ...]] = {}
 for _dim in (16, 32, 64):
     for _arch in (80, 90):
         FORWARD[_arch, "half", _dim] = (*2 * (ForwardConfig(64, 64, 4, 2),), ForwardConfig(128, 64, 8, 2))
-        FORWARD[_arch, "single", _dim] = 3 * (ForwardConfig(32, 32, 4, 1),)
+        FORWARD[_arch, "single", _dim] = 3 * (ForwardConfig(16 if _arch == 80 else 32, 32, 4, 1),)
         BACKWARD[_arch, "single", _dim] = 3 * (BackwardConfig(16, 32, 32, 16, 8, 1),)
     BACKWARD[80, "half", _dim] = 3 * (BackwardConfig(32, 64, 64, 32, 4, 1),)
     BACKWARD[90, "half", _dim] = (
