@@ -588,6 +588,7 @@ def evaluate(
         raise ScaMoError(f"motions: expected one per prompt, {len(prompts)}, got {len(motions)}")
     failures = {"empty": 0, "not_finite": 0, "short": 0}
     measured: list[_Measured | None] = []
+    known: dict[int, _Measured] = {}  # the same array for several prompts is measured once
     for index, joints in enumerate(motions):
         kind = None
         if joints is None or len(joints) == 0:
@@ -604,7 +605,7 @@ def evaluate(
             failures[kind] += 1
             measured.append(None)
         else:
-            measured.append(_Measured(np.asarray(joints)))
+            measured.append(known.setdefault(id(motions[index]), _Measured(np.asarray(joints))))
         if progress:
             progress(index + 1, len(motions))
 

@@ -41,36 +41,44 @@ class Words:
 VERBS: dict[str, Words] = {
     action: Words.parse(text)
     for action, text in {
-        "stand": "stand still, stay in place, remain motionless, stand in place, keep still, "
-        "stand without moving, stay still, stand quietly | hold still, freeze in place",
-        "walk": "walk, walk, step, stride, pace, march, wander, take a walk, move at a walk, go on foot "
-        "| stroll, amble",
-        "run": "run, run, jog, race, dash, trot, go running, charge, break into a run | sprint, scurry",
+        "stand": "stand still, stay in place, remain motionless, stand in place, keep still, stay still, "
+        "stand without moving, stand quietly, stay frozen on the spot, "
+        "wait in place | hold still, freeze in place",
+        "walk": "walk, walk, step, stride, pace, march, wander, take a walk, move at a walk, "
+        "go on foot, saunter, "
+        "tread, go for a walk | stroll, amble, trudge",
+        "run": "run, run, jog, race, dash, trot, go running, charge, break into a run, rush, "
+        "go for a run, hurry, "
+        "move at a run | sprint, gallop, take off running",
         "jump": "jump, jump, leap, jump up, leap up, bounce, spring into the air, do {n:jump}, "
-        "perform {n:jump} "
-        "| hop, bound up",
-        "squat": "squat, squat down, crouch down, do {n:squat}, perform {n:squat}, bend the knees deeply, "
-        "drop into a squat, sink into a crouch | dip into a deep knee bend, duck down low",
-        "sit": "sit down, take a seat, sit on a chair, sit down on a stool, sink into a chair, "
-        "lower the body onto a chair, settle into a seat, sit | plop down on a chair, perch on a stool",
-        "bow": "bow, bow down, take {n:bow}, make {n:bow}, bend forward at the waist, "
-        "lean forward from the hips, "
-        "bend over, fold forward at the waist | stoop forward, incline the upper body forward",
+        "perform {n:jump}, "
+        "make {n:leap}, jump off the ground | hop, soar into the air",
+        "squat": "squat, squat down, crouch down, do {n:squat}, perform {n:squat}, "
+        "bend the knees deeply, crouch, "
+        "drop into a squat, sink into a crouch, lower into a squat "
+        "| dip into a deep knee bend, go down into a crouch",
+        "sit": "sit down, take a seat, sit on a chair, sit down on a stool, sink into a chair, sit, "
+        "lower the body onto a chair, settle into a seat, sit on a bench, rest on a chair, rest on a stool "
+        "| plop down on a chair, have a seat",
+        "bow": "bow, bow down, take {n:bow}, make {n:bow}, bend forward at the waist, bend over, "
+        "lean forward from the hips, fold forward at the waist, lean the upper body forward, "
+        "tilt the torso forward, bend the back forward | stoop forward, dip forward at the waist",
         "wave": "wave, wave hello, wave goodbye, give a wave, wave at someone, wave to a friend, "
         "greet a friend, "
         "greet someone | signal hello, say hi",
-        "raise": "raise {limb}, lift {limb}, put {limb} up, hold {limb} up high, bring {limb} up, "
-        "lift {limb} overhead, stretch {limb} up, reach up with {limb} | hoist {limb}, elevate {limb}",
+        "raise": "raise {limb}, lift {limb}, put {limb} up, keep {limb} up high, bring {limb} up, "
+        "lift {limb} overhead, stretch {limb} up, reach up with {limb}, move {limb} upward "
+        "| elevate {limb}, extend {limb} upward",
         "punch": "punch, punch the air, throw {n:punch}, deliver {n:punch}, hit the air, box, "
-        "strike out, do {n:punch} | jab, land {n:blow}",
+        "strike out, do {n:punch}, hit out | jab, smack the air",
         "kick": "kick, kick the air, kick out, throw {n:kick}, do {n:kick}, deliver {n:kick}, kick forward, "
-        "perform {n:front kick} | boot an imaginary ball, lash out",
+        "kick a ball, perform {n:front kick} | boot an imaginary ball, launch {n:kick}",
         "turn": "turn, turn, rotate, spin, pivot, turn on the spot, rotate in place, spin on the spot, "
-        "turn in place | swivel, revolve",
+        "turn in place, twist around on the spot, twirl on the spot | swivel, revolve",
         "circle": "walk in a circle, walk in a circle, go around in a circle, circle around, "
-        "walk around a circle, "
-        "move in a circle, trace a circle on the floor, walk around in circles "
-        "| follow a circular path, orbit around a point",
+        "move in a circle, "
+        "walk around a circle, trace a circle on the floor, walk around in circles, walk along a circle, "
+        "circle around a point | follow a circular path, travel around a circle",
     }.items()
 }
 
@@ -93,7 +101,7 @@ PHRASES: dict[str, dict[str, Words]] = {
         "slow": Words.parse(
             "slowly, slowly, at a slow pace, at a slow speed, unhurriedly, in a leisurely way, "
             "with slow steps, "
-            "very slowly | sluggishly, without any hurry"
+            "very slowly | sluggishly, at a leisurely pace"
         ),
         "normal": Words.parse(
             "at a normal pace, at a normal speed, at a regular pace, at a moderate speed, "
@@ -102,7 +110,7 @@ PHRASES: dict[str, dict[str, Words]] = {
         ),
         "fast": Words.parse(
             "quickly, quickly, fast, at a fast pace, rapidly, at high speed, briskly, in a hurry, very fast "
-            "| swiftly, speedily"
+            "| swiftly, at a quick pace"
         ),
     },
     "direction": {
@@ -122,7 +130,7 @@ PHRASES: dict[str, dict[str, Words]] = {
     "bend": _sided(  # a turn on the way
         "turning LEFT, turning to the LEFT, while turning LEFT, in a curve to the LEFT, curving LEFT, "
         "with a turn to the LEFT, making a LEFT turn, veering to the LEFT | swerving LEFT, "
-        "bearing to the LEFT"
+        "drifting to the LEFT"
     ),
     "turn": {
         "left": Words.parse(
@@ -167,7 +175,8 @@ PHRASES: dict[str, dict[str, Words]] = {
             "once, once, one time, a single time, 1 time, just once | only once, one single time"
         ),
         "2": Words.parse(
-            "twice, twice, two times, 2 times, two times in a row, twice in a row | a couple of times, double"
+            "twice, twice, two times, 2 times, two times in a row, "
+            "twice in a row | a couple of times, two times over"
         ),
         "3": Words.parse(
             "three times, three times, 3 times, three times in a row, 3 times in a row, three times over "
@@ -176,12 +185,18 @@ PHRASES: dict[str, dict[str, Words]] = {
     },
 }
 
-SUBJECTS = ("a person", "a person", "someone", "a man", "a woman", "a figure", "a human")
-KNOWN_SUBJECTS = ("the person", "the man", "the woman", "the figure", "he", "she")
+SUBJECTS = Words.parse(
+    "a person, a person, a person, someone, a man, a woman, a figure, a human, a boy, a girl, somebody, "
+    "an actor, an old man, a young woman, a dancer |"
+).train
+KNOWN_SUBJECTS = Words.parse(
+    "the person, the man, the woman, the figure, he, she, this person, the actor, the human |"
+).train
 
 # S: subject, A: any subject; V3 "walks", VG "walking", V0 "walk", with all that follows the verb.
 TEMPLATES = Words(
     (
+        "A V3.",
         "A V3.",
         "A V3.",
         "A is VG.",
@@ -191,8 +206,17 @@ TEMPLATES = Words(
         "V0.",
         "VG.",
         "A starts VG.",
+        "in this clip A V3.",
+        "the video shows S VG.",
+        "you see S VG.",
+        "here A V3.",
+        "it looks like A is VG.",
+        "a recording of S who V3.",
+        "A seems to V0.",
+        "this is S VG.",
+        "all that A does is VG.",
     ),
-    ("S can be seen VG.", "we watch as A V3."),
+    ("S can be seen VG.", "we watch as A V3.", "we observe S VG.", "S is shown VG."),
 )
 # The same for two, the second with W.
 PAIR_TEMPLATES = Words(
@@ -209,11 +233,28 @@ PAIR_TEMPLATES = Words(
     ("A V3 and afterwards W3.", "A V3, followed by WG."),
 )
 
-_DOUBLED = {"run", "jog", "step", "sit", "spin", "squat", "put", "trot", "plop", "hop", "dip", "jab"}
+_DOUBLED = {
+    "hit",
+    "run",
+    "drop",
+    "jog",
+    "step",
+    "sit",
+    "spin",
+    "squat",
+    "put",
+    "trot",
+    "plop",
+    "hop",
+    "dip",
+    "jab",
+}
 
 
 def third_person(verb: str) -> str:
     """walk -> walks, box -> boxes, say -> says, scurry -> scurries."""
+    if verb == "have":
+        return "has"
     if verb.endswith("y") and verb[-2] not in "aeiou":
         return verb[:-1] + "ies"
     return verb + ("es" if verb.endswith(("s", "sh", "ch", "x", "o")) else "s")
@@ -348,7 +389,10 @@ def caption(
     subject = choose.pick(SUBJECTS)
     known = choose.pick(KNOWN_SUBJECTS) if choose.random() < 0.35 else subject
     text = re.sub(r"\bA\b", known, re.sub(r"\bS\b", subject, text))
-    text = re.sub(r", then (a |someone\b)", lambda m: ", then the " + "person" * (m[1] != "a "), text)
+    # "first a man ..., then the man ...".
+    text = re.sub(
+        r", then an? ", ", then the ", re.sub(r", then some(one|body)\b", ", then the person", text)
+    )
     mentioned = said[0] if len(said) == 1 else dataclasses.replace(said[0], then=said[1])
     return CaptionSpec(text, mentioned), choose.held
 
@@ -368,5 +412,6 @@ def held_out_wordings() -> list[str]:
     for words in LIMBS.values():
         out.update(word.replace(" S ", f" {side} ") for word in words.held for side in ("left", "right"))
     out.update(LIMBS_BOTH.held + LIMB_UNSAID.held)
-    out.update(("can be seen", "we watch as", "afterwards", "followed by"))
+    # What the held-out templates have of their own.
+    out.update(("can be seen", "we watch as", "we observe", "is shown", "afterwards", "followed by"))
     return sorted(out)
