@@ -34,10 +34,10 @@ added, and on Bandai-Namco's labelled recordings; never on a model's output):
     - path, flight and speed are taken over the moving frames, and the speed is their median: the mean is
       pulled down by starting and stopping, which says nothing about the pace;
     - run asked for 0.06 l, 10% and 1.8 l/s above the lowest twentieth of the feet: elderly and exhausted
-      runners of the recordings stay below (274 of 332 were found), and noise sinks that floor. The floor of
+      runners of the recordings stay below (273 of 332 were found), and noise sinks that floor. The floor of
       this rule is the 40th percentile of the lower foot;
     - raise asked for 0.1 l above the shoulder: one style of the recordings raises hands to the shoulder only
-      (1,150 of 1,315 were found); wave asked for swings of 0.1 l above the shoulder - 0.1 l (544 of 625);
+      (1,050 of 1,315 were found); wave asked for swings of 0.1 l above the shoulder - 0.1 l (544 of 625);
     - a strike asked for 3 l/s: smoothing over three frames hides nearly every one. Instead the arm must get
       straight from bent, which a raised arm does not;
     - kicks and strikes need a slow pelvis, kicks a foot that is not behind: runners' heels and fists pass;
