@@ -85,9 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         status = 1
-    # Interpreter shutdown can wait for ranks that are gone: leave at once, with everything flushed.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if world.size > 1 and status:
+    if status and _group_is_up():
+        # The interpreter's shutdown would wait for ranks that are gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def _group_is_up() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()

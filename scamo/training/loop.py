@@ -519,8 +519,12 @@ class _Loop:
             "precision": job.precision,
             "tag": ckpt.tag_name(done),
         }
-        with self.stop.busy():
-            folder = ckpt.save_checkpoint(job.checkpoints, done, write, facts=facts, group=ranks)
+        try:
+            with self.stop.busy():
+                folder = ckpt.save_checkpoint(job.checkpoints, done, write, facts=facts, group=ranks)
+        except BaseException:
+            ckpt.remove_partial(job.checkpoints)
+            raise
         self.saved_step = done
         if ranks.rank == 0:
             ckpt.prune_checkpoints(job.checkpoints, self.training.keep_checkpoints)

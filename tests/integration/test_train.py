@@ -1,0 +1,517 @@
+"""Whole training runs by the real launcher on CPU ranks: the curve, stops, resumes, damage and bad input.
+
+One dataset of random motions serves all of them; nothing here looks at what is learnt.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scamo.config import RunConfig, TokenizerConfig, load_config
+from scamo.training.logging import read_log
+
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 40
+TIMEOUT = 400
+CODES, TEXT_WIDTH = 50, 16
+
+CONFIG = """
+[data]
+dataset = "{folder}/dataset"
+tokenizer = "{folder}/tokenizer"
+[model]
+size = ""
+layers = 2
+heads = 2
+width = 32
+max_text = 24
+[training]
+run = "{folder}/unnamed"
+steps = {steps}
+micro_batch_tokens = 256
+micro_batches = 2
+learning_rate = 2e-3
+validate_every = 20
+save_every = 10
+keep_checkpoints = 2
+log_every = 1
+seed = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A dataset with tokens and text states, the tokenizer, and config.toml."""
+    from scamo.data.dataset import Caption, DatasetWriter, MotionDataset, write_text_states, write_tokens
+    from scamo.tokenizers.autoencoder import FSQAutoencoder
+
+    folder = tmp_path_factory.mktemp("training")
+    rng = np.random.default_rng(0)
+    with DatasetWriter(folder / "dataset", provenance={"source": "random numbers"}) as writer:
+        for clip in range(48):
+            features = rng.standard_normal((int(rng.integers(40, 200)), 263)).astype(np.float32)
+            captions = [Caption(f"a person does thing {clip}"), Caption(f"somebody does thing {clip}")]
+            writer.add_clip(f"clip{clip:03d}", features, "val" if clip % 6 == 0 else "train", captions)
+    dataset = MotionDataset.open(folder / "dataset")
+    tokens = [rng.integers(0, CODES, length // 4) for length in dataset.item_lengths]
+    write_tokens(folder / "dataset", "random", tokens, codes=CODES, downsampling=4)
+    states = [rng.standard_normal((int(rng.integers(4, 20)), TEXT_WIDTH)) for _ in range(dataset.n_captions)]
+    write_text_states(folder / "dataset", "random", [s.astype(np.float16) for s in states], encoder="minilm")
+    config = TokenizerConfig(codebook_size=CODES, levels=(5, 10), width=8, latent_width=8, depth=1)
+    FSQAutoencoder(config).save(folder / "tokenizer")
+    (folder / "config.toml").write_text(CONFIG.format(folder=folder, steps=STEPS))
+    return folder
+
+
+def environment():
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def command(folder, run, ranks, *arguments):
+    if ranks == 1:
+        start = [sys.executable, "train.py"]
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
+        start = [*launcher, "--num_gpus", str(ranks), "train.py"]
+    sets = ["--config", folder / "config.toml", "--set", f"training.run={folder / run}"]
+    return [str(word) for word in [*start, "--ds_config", "configs/ds_zero3.json", *sets, *arguments]]
+
+
+def train(folder, run, ranks, *arguments, status=0):
+    """Run to the end; returns everything that was printed."""
+    result = subprocess.run(
+        command(folder, run, ranks, *arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert result.returncode == status, result.stdout[-4000:]
+    return result.stdout
+
+
+def start_and_wait(folder, run, ranks, *arguments, step):
+    """Start in a process group of its own and return once `step` is in the log."""
+    output = (folder / f"{run}.out").open("a")
+    process = subprocess.Popen(
+        command(folder, run, ranks, *arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    until = time.monotonic() + TIMEOUT
+    while last_step(folder / run) < step:
+        assert process.poll() is None, (folder / f"{run}.out").read_text()[-4000:]
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return process
+
+
+def wait_for_end(folder, run, before):
+    """Wait until a stopped run has logged its end; returns the record (the ranks outlive their launcher)."""
+    until = time.monotonic() + TIMEOUT
+    while len(ends := read_log(folder / run / "log.jsonl", "end")) <= before:
+        assert time.monotonic() < until, (folder / f"{run}.out").read_text()[-4000:]
+        time.sleep(0.1)
+    return ends[-1]
+
+
+def last_step(run):
+    path = run / "log.jsonl"
+    return max((r["step"] for r in read_log(path, "train")), default=0) if path.exists() else 0
+
+
+def curve(run):
+    return {r["step"]: (r["loss"], r["lr"], r["motion_tokens"]) for r in read_log(run / "log.jsonl", "train")}
+
+
+def checkpoints(run):
+    return sorted(p.name for p in (run / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder):
+    return train(folder, "one", 1), folder / "one"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder):
+    return train(folder, "two", 2), folder / "two"
+
+
+def test_a_run_leaves_config_log_checkpoints_and_export(folder, one_rank):
+    output, run = one_rank
+    assert "resum" not in output
+    assert "steps 0 to 40" in output
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.json", "export", "log.jsonl"]
+    assert checkpoints(run) == ["step-0000030", "step-0000040"]
+    config = json.loads((run / "config.json").read_text())
+    assert config["model"]["codes"] == CODES
+    assert config["model"]["text_width"] == TEXT_WIDTH
+    assert config["text_encoder"] == "minilm"
+
+    records = read_log(run / "log.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "val"] == [20, 40]
+    assert [r["step"] for r in records if r["kind"] == "checkpoint"] == [10, 20, 30, 40]
+    assert records[0]["kind"] == "start"
+    assert records[-1] == {"kind": "end", "step": STEPS, "status": 0}
+    steps = [r for r in records if r["kind"] == "train"]
+    assert [r["step"] for r in steps] == list(range(1, STEPS + 1))
+    for key in ("grad_norm", "positions_per_s", "motion_tokens_per_s", "seconds", "memory_gib"):
+        assert all(np.isfinite(r[key]) and r[key] > 0 for r in steps), key
+    assert all(r["data_wait_s"] >= 0 for r in steps)
+    assert steps[-1]["epoch"] > 1
+    # The first loss of a fresh model is about that of a uniform guess.
+    assert abs(steps[0]["loss"] - np.log(CODES + 1)) < 0.3
+
+
+def test_the_logged_numbers_are_those_of_the_plan_and_of_the_model(folder, one_rank):
+    """Recompute the first loss and the last validation in plain PyTorch, without DeepSpeed."""
+    import torch
+
+    from scamo.data.batches import BatchPlan, PackedLoader, validation_batches
+    from scamo.data.dataset import MotionDataset
+    from scamo.generation.export import load_transformer, read_export
+    from scamo.models.losses import normalised_loss
+    from scamo.models.prefix_lm import PrefixLM
+    from scamo.training.schedule import learning_rate
+
+    _, run = one_rank
+    _, model_config = read_export(run / "export")
+    config = load_config(RunConfig, folder / "config.toml")
+    dataset = MotionDataset.open(folder / "dataset")
+    tokens = dataset.tokens()
+    plan = BatchPlan.of(dataset, "train", tokens, dataset.text_states(), model_config, config.training)
+    records = read_log(run / "log.jsonl", "train")
+    for record in records[:5]:
+        step = record["step"] - 1
+        assert record["motion_tokens"] == plan.scored(step)
+        assert record["positions"] == plan.positions(step)
+        assert record["lr"] == learning_rate(step, config.training)
+
+    torch.manual_seed(config.training.seed)
+    model = PrefixLM(model_config)
+    with torch.no_grad():
+        losses = [model(batch).loss_sum for batch in PackedLoader(dataset, "train", plan).step(0)]
+    # bfloat16 has 8 bits: 2e-2 is five units in the last place of a loss near 4.
+    assert records[0]["loss"] == pytest.approx(float(sum(losses)) / plan.scored(0), abs=2e-2)
+
+    model = load_transformer(
+        run / "export/model.safetensors", model_config, torch.device("cpu"), torch.float32
+    )
+    rows, targets = [], []
+    for batch in validation_batches(dataset, "val", plan):
+        rows.append(model(batch).losses)
+        targets.append(batch.targets)
+    rows, targets = torch.cat(rows), torch.cat(targets)
+    last = read_log(run / "log.jsonl", "val")[-1]
+    assert last["motion_tokens"] == len(targets)
+    assert last["loss"] == pytest.approx(float(rows.mean()), abs=2e-2)
+    expected = normalised_loss(rows, torch.from_numpy(tokens.unigram("train")), targets)
+    assert last["l_u"] == pytest.approx(expected, abs=2e-2)
+
+
+def weights(run):
+    from safetensors.torch import load_file
+
+    return load_file(run / "export/model.safetensors")
+
+
+def assert_same_weights(first, second):
+    import torch
+
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    assert all(t.dtype == torch.float32 for t in first.values())
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.slow
+def test_one_rank_with_accumulation_equals_two_ranks_bit_for_bit(one_rank, two_ranks):
+    """Micro-batch j is the same on any number of ranks, and two float32 gradients add up in either order."""
+    assert curve(one_rank[1]) == curve(two_ranks[1])
+    assert_same_weights(one_rank[1], two_ranks[1])
+    values = [
+        [(r["loss"], r["l_u"]) for r in read_log(run / "log.jsonl", "val")]
+        for _, run in (one_rank, two_ranks)
+    ]
+    assert values[0] == values[1]
+    assert {r["ranks"] for r in read_log(two_ranks[1] / "log.jsonl", "start")} == {2}
+
+
+@pytest.mark.slow
+def test_signals_and_a_killed_launcher_save_and_the_resumed_curve_is_the_same(folder, two_ranks):
+    run = folder / "stopped"
+    process = start_and_wait(folder, "stopped", 2, step=3)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(TIMEOUT)
+    end = wait_for_end(folder, "stopped", 0)
+    assert end["status"] == 128 + signal.SIGTERM
+    assert 3 <= end["step"] < STEPS
+    assert checkpoints(run)[-1] == f"step-{end['step']:07d}"
+    assert not (run / "export").exists()
+
+    # The runner dies without a word: the ranks notice, save and stop.
+    process = start_and_wait(folder, "stopped", 2, "--resume", step=end["step"] + 1)
+    process.kill()
+    process.wait(TIMEOUT)
+    second = wait_for_end(folder, "stopped", 1)
+    assert second["status"] == 128 + signal.SIGTERM
+    assert end["step"] < second["step"] < STEPS
+    assert f"resuming from {run / 'checkpoints'}" in (folder / "stopped.out").read_text()
+
+    train(folder, "stopped", 2, "--resume")
+    assert curve(run) == curve(two_ranks[1])
+    assert_same_weights(run, two_ranks[1])
+    assert not list((run / "checkpoints").glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_a_nan_stops_all_ranks_before_the_step_and_names_the_items(folder, two_ranks):
+    from scamo.data.batches import BatchPlan
+    from scamo.data.dataset import MotionDataset
+
+    config = load_config(RunConfig, folder / "config.toml")
+    dataset = MotionDataset.open(folder / "dataset")
+    text = dataset.text_states()
+    plan = BatchPlan.of(dataset, "train", dataset.tokens(), text, config.model, config.training)
+    draws = [[draw for batch in plan.step(step) for draw in batch] for step in range(12)]
+    seen: set[int] = set()
+    for step, now in enumerate(draws):
+        fresh = [draw for draw in now if draw.caption not in seen]
+        if step >= 3 and fresh:
+            break
+        seen |= {draw.caption for draw in now}
+    victim = fresh[0]
+
+    # A byte of a caption's states goes bad on the disk after the dataset was checked.
+    path = text.folder / "states.npy"
+    states = np.lib.format.open_memmap(path, mode="r+")
+    row = next(
+        i
+        for i in range(len(states))
+        if np.array_equal(states[i : i + text.lengths[victim.caption]], text[victim.caption])
+    )
+    good = states[row, 0].copy()
+    states[row, 0] = np.nan
+    states.flush()
+    try:
+        output = train(folder, "nan", 2, "--set", "training.save_every=1", status=13)
+    finally:
+        states[row, 0] = good
+        states.flush()
+    run = folder / "nan"
+    (record,) = read_log(run / "log.jsonl", "nan")
+    assert record["step"] == step + 1
+    assert record["what"] == "loss"
+    assert victim.item in record["items"]
+    assert record["micro_batches"] == [k for k, b in enumerate(plan.step(step)) if victim in b]
+    assert output.count("is not finite") == 1
+    assert dataset.item_name(victim.item) in output or "more (log.jsonl has all)" in output
+    assert last_step(run) == step
+    assert checkpoints(run)[-1] == f"step-{step:07d}"
+    assert not (run / "export").exists()
+
+    # The weights were not touched: with the byte repaired, the curve goes on as if nothing had happened.
+    train(folder, "nan", 2, "--resume")
+    assert curve(run) == curve(two_ranks[1])
+    assert_same_weights(run, two_ranks[1])
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(folder, one_rank):
+    run = folder / "damaged"
+    shutil.copytree(one_rank[1], run)
+    shutil.rmtree(run / "export")
+    shard = next((run / "checkpoints/step-0000040").rglob("*optim_states.pt"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    output = train(folder, "damaged", 1, "--resume")
+    assert f"{shard}: corrupt" in output
+    assert "after 30 steps" in output
+    assert curve(run) == curve(one_rank[1])
+    assert_same_weights(run, one_rank[1])
+
+
+def test_resuming_with_another_number_of_ranks_is_refused(folder, two_ranks):
+    before = (two_ranks[1] / "log.jsonl").read_bytes()
+    output = train(folder, "two", 1, "--resume", status=2)
+    assert "saved with ranks 2, this run has 1" in output
+    assert "Traceback" not in output
+    assert (two_ranks[1] / "log.jsonl").read_bytes() == before
+
+
+def test_two_ranks_report_bad_input_once(folder):
+    output = train(folder, "never", 2, "--set", "training.stepz=3", status=2)
+    assert output.count("unknown key training.stepz; did you mean training.steps?") == 1
+    assert "Traceback" not in output
+    assert not (folder / "never").exists()
+
+
+GRADIENTS = """
+import json, sys, torch
+from pathlib import Path
+from scamo.config import TrainingConfig
+from scamo.training.ds_config import resolve_ds_config
+from scamo.training.engine import Ranks, build_engine, choose_device, gradients_finite
+from scamo.training.guards import World
+
+world = World.from_environment()
+device = choose_device(world)
+ranks = Ranks(world, device)
+training = TrainingConfig(micro_batches=2)
+
+class Net(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).float().sum()
+
+for name, zero in json.loads(sys.argv[1]).items():
+    for bf16 in (True, False):
+        for poison in (1.0, float("nan"), float("inf")):
+            raw = {"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}}
+            config = resolve_ds_config(raw, training, world=1, bf16=bf16, path=Path("ds.json"))
+            torch.manual_seed(0)
+            engine = build_engine(Net(8, 8), config, training, device)
+            for micro in range(2):
+                loss = engine(torch.ones(4, 8))
+                engine.backward(loss * (poison if micro == 0 else 1.0))
+                if micro == 0:
+                    engine.step()
+            print("RESULT", json.dumps([name, bf16, str(poison), bool(gradients_finite(engine))]))
+"""
+
+
+def test_gradients_that_are_not_finite_are_seen_at_every_zero_stage():
+    stages = {
+        "1": {"stage": 1},
+        "2": {"stage": 2},
+        "3": {"stage": 3},
+        "offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", GRADIENTS, json.dumps(stages)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = [json.loads(line[7:]) for line in result.stdout.splitlines() if line.startswith("RESULT")]
+    expected = [
+        [name, bf16, poison, poison == "1.0"]
+        for name in stages
+        for bf16 in (True, False)
+        for poison in ("1.0", "nan", "inf")
+    ]
+    assert found == expected
+
+
+def call(folder, *arguments, ds_config="configs/ds_zero3.json"):
+    """train.py in this process: what it refuses before it starts."""
+    from scamo.training.launch import main
+
+    argv = ["--config", folder / "config.toml", "--ds_config", ds_config, *arguments]
+    return main([str(word) for word in argv])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "data.tokens=fine"], ["dataset", "no tokens 'fine'", "random"]),
+        (["--set", "data.text=t5"], ["no text states 't5'", "random"]),
+        (["--set", "data.dataset=nowhere"], ["nowhere", "no such dataset"]),
+        (["--set", "data.tokenizer="], ["data.tokenizer is missing"]),
+        (["--set", "data.tokenizer=nowhere"], ["nowhere"]),
+        (["--set", "model.codes=1000"], ["model.codes = 1000", "the dataset has 50"]),
+        (["--set", "model.heads=3"], ["width = 32 does not divide by heads = 3"]),
+        (["--set", "training.micro_batch_tokens=20"], ["micro_batch_tokens = 20", "clip"]),
+        (["--resume"], ["no run to resume"]),
+        (["--resume", "--overwrite"], ["exclude each other"]),
+        (["--config", "nowhere.toml"], ["nowhere.toml: no such configuration file"]),
+        (["--ds_config", "nowhere.json"], ["nowhere.json: no such DeepSpeed configuration"]),
+        (["--epochs", "3"], ["unrecognized arguments: --epochs 3"]),
+    ],
+    ids=lambda value: value[-1] if value[0].startswith("--") else "",
+)
+def test_bad_input_is_one_line_and_nothing_is_written(folder, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert call(folder, *arguments) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("train.py: error: ")
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+    assert not (folder / "unnamed").exists()
+
+
+@pytest.mark.parametrize(
+    ("store", "words"), [("tokens", "has no tokens yet"), ("text", "has no text states yet")]
+)
+def test_a_dataset_that_is_not_encoded_says_which_command_is_next(
+    folder, tmp_path, capsys, monkeypatch, store, words
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    shutil.copytree(folder / "dataset", tmp_path / "dataset")
+    shutil.rmtree(tmp_path / "dataset" / store)
+    assert call(folder, "--set", f"data.dataset={tmp_path / 'dataset'}") == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert "scamo" in message
+
+
+def test_micro_batches_must_divide_by_the_ranks(folder, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert call(folder, "--local_rank=0") == 2
+    assert "micro_batches = 2 does not divide by the 3 ranks" in capsys.readouterr().err
+
+
+def test_an_existing_folder_is_not_overwritten_by_accident(folder, one_rank, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert call(folder, "--set", f"training.run={one_rank[1]}") == 2
+    assert "use --resume to continue it, --overwrite to replace it" in capsys.readouterr().err
+    assert call(folder, "--set", f"training.run={folder / 'dataset'}", "--overwrite") == 2
+    assert "is not a training run: it is not overwritten" in capsys.readouterr().err
+    assert (folder / "dataset/manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("training.learning_rate=1e-4", ["training.learning_rate = 0.0001", "0.002"]),
+        ("training.seed=4", ["training.seed = 4"]),
+        ("model.layers=3", ["model.layers = 3", "has 2"]),
+    ],
+)
+def test_a_resumed_run_keeps_what_moves_the_curve(folder, one_rank, capsys, monkeypatch, key, words):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert call(folder, "--set", f"training.run={one_rank[1]}", "--set", key, "--resume") == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
