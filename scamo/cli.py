@@ -34,6 +34,7 @@ def prepare_synthetic(
     out: Positional[Path],
     *,
     clips: int = 10_000,
+    captions: int = 3,
     seed: int = 0,
     workers: int = 0,
     overwrite: bool = False,
@@ -43,13 +44,16 @@ def prepare_synthetic(
     Args:
         out: the dataset folder to write.
         clips: number of motions.
+        captions: sentences for each motion.
         seed: clip i is a function of (seed, i) alone.
         workers: processes; 0 means one per core.
         overwrite: replace an existing dataset.
     """
     from scamo.data.prepare.synthetic import prepare_synthetic
 
-    prepare_synthetic(out, clips=clips, seed=seed, workers=workers or None, overwrite=overwrite)
+    prepare_synthetic(
+        out, clips=clips, captions=captions, seed=seed, workers=workers or None, overwrite=overwrite
+    )
 
 
 @prepare.command(name="humanml3d")

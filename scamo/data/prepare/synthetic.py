@@ -27,6 +27,7 @@ def prepare_synthetic(
     out: str | Path,
     *,
     clips: int = 10_000,
+    captions: int = 3,
     seed: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
@@ -39,6 +40,7 @@ def prepare_synthetic(
     Args:
         out: the dataset folder.
         clips: number of motions; of 20, one is val and one is test.
+        captions: sentences for each.
         seed: clip i is a function of (seed, i) alone.
         workers: processes; None means one per core. With more than one, a script that calls this needs the
             usual `if __name__ == "__main__"` guard.
@@ -52,13 +54,18 @@ def prepare_synthetic(
 
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for name, value, least in (("clips", clips, 1), ("seed", seed, 0), ("workers", workers, 1)):
+    for name, value, least in (
+        ("clips", clips, 1),
+        ("captions", captions, 1),
+        ("seed", seed, 0),
+        ("workers", workers, 1),
+    ):
         if value < least:
             raise ScaMoError(f"{name} = {value}: expected {least} or more")
-    provenance = {"source": "synthetic", "clips": clips, "seed": seed}
+    provenance = {"source": "synthetic", "clips": clips, "captions": captions, "seed": seed}
     with DatasetWriter(out, provenance=provenance, overwrite=overwrite) as writer:
         results = tqdm(
-            _generate(clips, seed, workers),
+            _generate(clips, captions, seed, workers),
             total=clips,
             desc="prepare synthetic",
             unit="clip",
@@ -75,8 +82,8 @@ def prepare_synthetic(
     return dataset
 
 
-def _generate(clips: int, seed: int, workers: int) -> Iterator[Prepared]:
-    make = partial(_make, seed=seed)
+def _generate(clips: int, captions: int, seed: int, workers: int) -> Iterator[Prepared]:
+    make = partial(_make, captions=captions, seed=seed)
     if workers == 1:
         yield from map(make, range(clips))
         return
@@ -85,11 +92,11 @@ def _generate(clips: int, seed: int, workers: int) -> Iterator[Prepared]:
         yield from pool.imap(make, range(clips), chunksize=CHUNK)
 
 
-def _make(index: int, seed: int) -> Prepared:
-    clip = corpus_clip(index, seed)
-    captions = [Caption(c.text, meta={"spec": c.spec.to_list()}) for c in clip.captions]
+def _make(index: int, captions: int, seed: int) -> Prepared:
+    clip = corpus_clip(index, seed, captions=captions)
+    texts = [Caption(c.text, meta={"spec": c.spec.to_list()}) for c in clip.captions]
     try:
         features: NDArray[np.float32] | str = joints_to_features(clip.joints)
     except ScaMoError as error:
         features = str(error)
-    return clip.name, clip.split, features, captions, {"spec": clip.spec.to_list()}
+    return clip.name, clip.split, features, texts, {"spec": clip.spec.to_list()}

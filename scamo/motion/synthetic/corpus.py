@@ -142,13 +142,15 @@ def generate_clip(spec: Spec, rng: np.random.Generator) -> np.ndarray:
     return joints.astype(np.float32)
 
 
-def corpus_clip(index: int, seed: int = 0, *, sequences: float = 0.15) -> SyntheticClip:
+def corpus_clip(
+    index: int, seed: int = 0, *, sequences: float = 0.15, captions: int = CAPTIONS
+) -> SyntheticClip:
     """Clip `index` of the corpus of `seed`; `sequences` is the share of clips that do two things."""
     rng = np.random.default_rng((seed, index))
     spec = draw_spec(rng, sequences)
     joints = generate_clip(spec, rng)
-    captions = tuple(caption(spec, rng)[0] for _ in range(CAPTIONS))
-    return SyntheticClip(f"synthetic{seed}_{index:06d}", joints, captions, spec, split_of(index))
+    texts = tuple(caption(spec, rng)[0] for _ in range(captions))
+    return SyntheticClip(f"synthetic{seed}_{index:06d}", joints, texts, spec, split_of(index))
 
 
 def generate_corpus(
