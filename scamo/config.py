@@ -88,10 +88,17 @@ class TokenizerConfig:
 class TokenizerTrainingConfig:
     """Tokenizer training (paper Tab. 4 and the defaults that the released code inherits).
 
+    feature_weight: weight of the mean over all features.
     position_weight: extra weight of the local positions, features 4:67 (the released code's 0.5).
+    extremity_weight: extra weight of the positions of ankles, feet and wrists, which gestures are made with.
     root_weight: extra weight of the root's velocities and height, features 0:4, that paths come from.
     saturation_weight: weight of the squared excess of the latents over 1.5, where tanh has lost its slope;
         above 0 it keeps a codebook alive under learning rates that are high for the width.
+    schedule: of the rate after the warm-up: "step" (times `decay` from `milestone` of the run on) or "cosine"
+        (down to `decay` of the rate; `milestone` is not used).
+    latent_std: above 0, the start for short runs: Kaiming weights, and latents scaled to this deviation on
+        the first batch. 0 keeps torch's default initialisation, as released.
+    noise_ratio: share of the run, at its start, in which noise of one level replaces the rounding.
     precision: of the convolutions: float32, bfloat16, or auto (bfloat16 where matrix units make it fast).
     """
 
@@ -102,9 +109,14 @@ class TokenizerTrainingConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     warmup_ratio: float = 0.003
+    schedule: str = "step"
     milestone: float = 0.6
     decay: float = 0.05
+    latent_std: float = 0.0
+    noise_ratio: float = 0.0
+    feature_weight: float = 1.0
     position_weight: float = 0.5
+    extremity_weight: float = 0.0
     root_weight: float = 0.0
     saturation_weight: float = 0.0
     precision: str = "float32"
@@ -117,6 +129,10 @@ class TokenizerTrainingConfig:
         _positive(self, "steps", "batch_size", "window", "learning_rate", "validate_every", "log_every")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ScaMoError(f"precision = {self.precision!r}: expected auto, float32 or bfloat16")
+        if self.schedule not in ("step", "cosine"):
+            raise ScaMoError(f"schedule = {self.schedule!r}: expected step or cosine")
+        if not 0 <= self.noise_ratio <= 1:
+            raise ScaMoError(f"noise_ratio = {self.noise_ratio}: expected a share of the run in [0, 1]")
 
 
 @dataclass(frozen=True)

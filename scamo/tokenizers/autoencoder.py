@@ -182,12 +182,12 @@ class FSQAutoencoder(nn.Module):
         """Raw features (..., C) -> float32 (..., C) of mean 0 and deviation about 1."""
         return (features.float() - self.mean) / self.std
 
-    def forward(self, normalized: Tensor) -> Reconstruction:
+    def forward(self, normalized: Tensor, noise: Tensor | None = None) -> Reconstruction:
         """Normalised features (B, T, C) -> their reconstruction, T floored to whole tokens.
 
-        Under autocast the convolutions run in its dtype; the quantiser stays in float32.
+        Under autocast the convolutions run in its dtype; the quantiser stays in float32. noise: see FSQ.
         """
-        quantised, indices, z = self.quantizer(self.encoder(self._whole_tokens(normalized)))
+        quantised, indices, z = self.quantizer(self.encoder(self._whole_tokens(normalized)), noise)
         return Reconstruction(self.decoder(quantised).float(), indices, z)
 
     def encode(self, features: Tensor) -> Tensor:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from scamo.config import TokenizerRunConfig, TokenizerTrainingConfig, to_dict
@@ -21,12 +22,17 @@ from scamo.data.storage import whole_folder
 from scamo.device import resolve_device
 from scamo.errors import ScaMoError
 from scamo.motion.features import FEATURE_DIM, POSITIONS, ROOT
-from scamo.tokenizers.autoencoder import FSQAutoencoder
+from scamo.tokenizers.autoencoder import Conv, FSQAutoencoder, ResidualBlock
 from scamo.tokenizers.encode import ItemFeatures
 from scamo.tokenizers.evaluate import COLLAPSE_SHARE, reconstruction_metrics
 
 # Each of up to 8 levels is reached within |z| < 1.43; here the slope of tanh is 0.18.
 SATURATED = 1.5
+
+# Local positions of ankles, feet and wrists; the root, joint 0, is not among the positions.
+EXTREMITIES = [
+    POSITIONS.start + 3 * (joint - 1) + axis for joint in (7, 8, 10, 11, 20, 21) for axis in range(3)
+]
 
 
 class Windows:
@@ -78,10 +84,14 @@ def feature_weights(config: TokenizerTrainingConfig, feature_dim: int) -> Tensor
     With the defaults the loss is the released code's: SmoothL1 averaged over the features, plus half the
     SmoothL1 averaged over features 4:67. Other widths than 263 have no positions or root to weigh.
     """
-    weights = torch.full((feature_dim,), 1 / feature_dim)
+    weights = torch.full((feature_dim,), config.feature_weight / feature_dim)
     if feature_dim == FEATURE_DIM:
-        for part, weight in ((POSITIONS, config.position_weight), (ROOT, config.root_weight)):
-            weights[part] += weight / (part.stop - part.start)
+        for part, weight in (
+            (list(range(POSITIONS.start, POSITIONS.stop)), config.position_weight),
+            (EXTREMITIES, config.extremity_weight),
+            (list(range(ROOT.start, ROOT.stop)), config.root_weight),
+        ):
+            weights[part] += weight / len(part)
     return weights
 
 
@@ -99,10 +109,38 @@ def saturation(z: Tensor) -> Tensor:
 
 
 def learning_rate(config: TokenizerTrainingConfig, step: int) -> float:
-    """Rate of step 0, 1, ...: linear warm-up, constant, then times `decay` from `milestone` of the run on."""
+    """Rate of step 0, 1, ...: linear warm-up, then by config.schedule.
+
+    "step": constant, times `decay` from `milestone` of the run on. "cosine": down to `decay` at the end.
+    """
     warmup = round(config.warmup_ratio * config.steps)
     rate = config.learning_rate * min(1.0, (step + 1) / (warmup + 1))
+    if config.schedule == "cosine":
+        fall = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, config.steps - warmup)))
+        return rate * (config.decay + (1 - config.decay) * fall)
     return rate * config.decay if step >= config.milestone * config.steps else rate
+
+
+@torch.no_grad()
+def spread_latents(model: FSQAutoencoder, normalized: Tensor, std: float, generator: torch.Generator) -> None:
+    """Start a short training with latents that use the codebook.
+
+    Kaiming weights for every convolution and small residual branches, then `project_in` scaled and shifted so
+    that on `normalized` (B, T, C) each channel has mean 0 and deviation `std`. Left alone, the latents start
+    within a twentieth of a level, and hundreds of steps pass before the rounding gives a signal.
+    """
+    for module in model.modules():
+        if isinstance(module, Conv):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            nn.init.zeros_(cast(Tensor, module.bias))
+    for module in model.modules():
+        if isinstance(module, ResidualBlock):
+            module.conv2.weight.mul_(0.2)
+    quantizer = model.quantizer
+    z = quantizer.project_in(model.encoder(normalized)).flatten(0, 1)
+    scale = std / z.std(0).clamp_min(1e-6)
+    quantizer.project_in.weight.mul_(scale[:, None])
+    quantizer.project_in.bias.sub_(z.mean(0)).mul_(scale)
 
 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
@@ -206,7 +244,12 @@ class _Run:
         self.collapsed = False
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.training.seed)
-            self.model = FSQAutoencoder(config.tokenizer, dataset.mean, dataset.std).to(device)
+            self.model = FSQAutoencoder(config.tokenizer, dataset.mean, dataset.std)
+        if self.training.latent_std > 0:
+            first = self.model.normalize(windows.batch(0))
+            generator = torch.Generator().manual_seed(self.training.seed)
+            spread_latents(self.model, first, self.training.latent_std, generator)
+        self.model.to(device)
         self.weights = feature_weights(self.training, dataset.feature_dim).to(device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -261,7 +304,7 @@ class _Run:
         """One step of the optimiser; returns its loss, detached."""
         true = self.model.normalize(self.windows.batch(self.step).to(self.device))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            made = self.model(true)
+            made = self.model(true, self._noise())
         loss = reconstruction_loss(made.features, true, self.weights)
         if self.training.saturation_weight:
             loss = loss + self.training.saturation_weight * saturation(made.z)
@@ -273,6 +316,15 @@ class _Run:
             group["lr"] = learning_rate(self.training, self.step)
         self.optimizer.step()
         return loss.detach()
+
+    def _noise(self) -> Tensor | None:
+        """What replaces the rounding in the first part of the run: a function of (seed, step)."""
+        training, tokenizer = self.training, self.config.tokenizer
+        if self.step >= training.noise_ratio * training.steps:
+            return None
+        rng = np.random.default_rng((training.seed, self.step, 1))
+        shape = training.batch_size, training.window // tokenizer.downsampling, len(tokenizer.fsq_levels)
+        return torch.from_numpy(rng.random(shape, dtype=np.float32) - 0.5).to(self.device)
 
     def _validate(self) -> dict[str, Any]:
         self.model.eval()

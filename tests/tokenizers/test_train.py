@@ -1,6 +1,7 @@
 """Training: what is drawn, what is minimised, what is written, and what stops it."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scamo_kernels import fsq_quantize
+from scamo_kernels.reference import fsq_bound
 
 from scamo import cli
 from scamo.config import (
@@ -21,6 +23,8 @@ from scamo.config import (
 from scamo.data.dataset import Caption, DatasetWriter, MotionDataset
 from scamo.errors import ScaMoError
 from scamo.tokenizers import load_tokenizer
+from scamo.tokenizers.autoencoder import FSQAutoencoder
+from scamo.tokenizers.fsq import FSQ
 from scamo.tokenizers.train import (
     SATURATED,
     Windows,
@@ -28,6 +32,7 @@ from scamo.tokenizers.train import (
     learning_rate,
     reconstruction_loss,
     saturation,
+    spread_latents,
     train_tokenizer,
     use_bfloat16,
 )
@@ -121,6 +126,44 @@ def test_learning_rate_schedule():
     assert rates[10:600] == [1.0] * 590
     assert rates[600:] == pytest.approx([0.05] * 400)
     assert learning_rate(dataclasses.replace(config, warmup_ratio=0.0), 0) == 1.0
+
+    config = dataclasses.replace(config, schedule="cosine")
+    rates = [learning_rate(config, step) for step in range(1000)]
+    assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[505] == pytest.approx((1 + 0.05) / 2)
+    assert rates[-1] == pytest.approx(0.05, abs=1e-4)
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[10:]))
+    with pytest.raises(ScaMoError, match="schedule = 'linear': expected step or cosine"):
+        TokenizerTrainingConfig(schedule="linear")
+
+
+def test_latents_start_spread():
+    torch.manual_seed(0)
+    model = FSQAutoencoder(TokenizerConfig(codebook_size=256, width=32, latent_width=32, depth=2))
+    x = torch.randn(8, 32, 263)
+    with torch.no_grad():
+        before = model(x).z.flatten(0, 1).std(0)
+        spread_latents(model, x, 0.7, torch.Generator().manual_seed(1))
+        z = model(x).z.flatten(0, 1)
+    assert before.max() < 0.2
+    torch.testing.assert_close(z.std(0), torch.full((3,), 0.7), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+
+
+def test_noise_takes_the_place_of_rounding():
+    torch.manual_seed(0)
+    quantizer = FSQ((8, 5), 6)
+    latents = torch.randn(4000, 6, requires_grad=True)
+    noise = torch.rand(4000, 2) - 0.5
+    rounded, indices, z = quantizer(latents)
+    noisy, same, _ = quantizer(latents, noise)
+    assert torch.equal(indices, same)  # what is reported is what encoding would give
+    bounded = fsq_bound(z, (8, 5))
+    torch.testing.assert_close(noisy, quantizer.project_out((bounded + noise) / torch.tensor([4.0, 2.0])))
+    # The gradient of tanh alone, as straight through the rounding.
+    grads = [torch.autograd.grad(y.sum(), latents, retain_graph=True)[0] for y in (rounded, noisy)]
+    torch.testing.assert_close(*grads)
 
 
 def test_training_beats_the_mean(trained, corpus):
