@@ -100,6 +100,12 @@ def test_loss_is_the_released_one():
     weights = feature_weights(TokenizerTrainingConfig(position_weight=0, root_weight=2), 263)
     expected = F.smooth_l1_loss(made, true) + 2 * F.smooth_l1_loss(made[..., :4], true[..., :4])
     torch.testing.assert_close(reconstruction_loss(made, true, weights), expected)
+    weights = feature_weights(
+        TokenizerTrainingConfig(feature_weight=0, position_weight=0, extremity_weight=3), 263
+    )
+    positions = [x.reshape(2, 8, 263)[..., 4:67].unflatten(-1, (21, 3)) for x in (made, true)]
+    ends = [x[..., [6, 7, 9, 10, 19, 20], :] for x in positions]  # joints 7, 8, 10, 11, 20, 21
+    torch.testing.assert_close(reconstruction_loss(made, true, weights), 3 * F.smooth_l1_loss(*ends))
     assert feature_weights(TokenizerTrainingConfig(), 10).tolist() == pytest.approx([0.1] * 10)
 
 
