@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from scamo.errors import ScaMoError
 
@@ -133,7 +133,7 @@ def tokenizer_train(
     out: Out,
     *,
     config: Path = Path("configs/tokenizer_full.toml"),
-    set: Annotated[tuple[str, ...], arg(metavar="SECTION.KEY=VALUE")] = (),
+    set: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="SECTION.KEY=VALUE")]] = (),
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
@@ -143,7 +143,7 @@ def tokenizer_train(
         dataset: the dataset folder.
         out: the tokenizer folder to write.
         config: TOML with [tokenizer] and [training].
-        set: overrides of the config.
+        set: override a key of the config; may be repeated.
         device: auto, cpu or cuda.
         overwrite: replace an existing tokenizer.
     """

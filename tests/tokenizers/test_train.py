@@ -325,7 +325,7 @@ def test_checked_in_configs(name, codes, width):
 def test_command_errors_are_one_line(corpus, tmp_path, capsys, overrides, message):
     arguments = ["tokenizer", "train", str(corpus), "-o", str(tmp_path / "a")]
     arguments += ["--config", str(ROOT / "configs/tokenizer_narrow.toml"), "--device", "cpu"]
-    assert cli.main([*arguments, "--set", *overrides]) == 2
+    assert cli.main([*arguments, *(part for o in overrides for part in ("--set", o))]) == 2
     error = capsys.readouterr().err
     assert error.startswith("scamo: error: ")
     assert error.count("\n") == 1
@@ -339,7 +339,7 @@ def test_commands(corpus, tmp_path, capsys):
     sizes = ["tokenizer.width=16", "tokenizer.latent_width=16", "training.steps=3", "training.batch_size=4"]
     arguments = ["tokenizer", "train", str(corpus), "-o", out, "--device", "cpu"]
     arguments += ["--config", str(ROOT / "configs/tokenizer_narrow.toml")]
-    assert cli.main([*arguments, "--set", *sizes]) == 0
+    assert cli.main([*arguments, *(part for size in sizes for part in ("--set", size))]) == 0
     assert json.loads((tmp_path / "tok/config.json").read_text())["provenance"]["step"] == 3
     capsys.readouterr()
     assert cli.main(["tokenizer", "evaluate", out, str(corpus), "--device", "cpu"]) == 0
