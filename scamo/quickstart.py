@@ -20,6 +20,7 @@ from scamo.errors import ScaMoError
 
 GATE_EXACT = 0.60
 GATE_OVER_CHANCE = 4.0
+TEMPERATURE = "0.5"
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,7 +75,7 @@ def quickstart(out: Path = Path("runs/quickstart"), *, ranks: int = 2) -> dict:
         *("--set", f"training.run={run}"),
     ]
     stages: list[tuple[str, list[str]]] = [
-        ("corpus", [*scamo, "prepare", "synthetic", str(dataset), "--clips", "9000"]),
+        ("corpus", [*scamo, "prepare", "synthetic", str(dataset), "--clips", "14000", "--captions", "1"]),
         (
             "tokenizer",
             [*scamo, "tokenizer", "train", str(dataset), "-o", str(tokenizer)]
@@ -85,9 +86,13 @@ def quickstart(out: Path = Path("runs/quickstart"), *, ranks: int = 2) -> dict:
         ("training", train),
         (
             "generation",
-            [*scamo, "evaluate", "text-following", str(run), "--out", str(out / "text_following.json")],
+            [*scamo, "evaluate", "text-following", str(run), "--temperature", TEMPERATURE]
+            + ["--out", str(out / "text_following.json")],
         ),
-        ("pictures", [*scamo, "demo", str(run), "--out", str(out), "--count", "10"]),
+        (
+            "pictures",
+            [*scamo, "demo", str(run), "--out", str(out), "--count", "10", "--temperature", TEMPERATURE],
+        ),
     ]
     seconds: dict[str, float] = {}
     for name, command in stages:
