@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         prog="train.py",
         description="Train the text-prefix transformer under DeepSpeed ZeRO. "
         "Exit status: 0 finished, 2 bad input, 13 stopped by a NaN, 128 + signal after a saved stop.",
-        epilog="deepspeed --num_gpus 2 train.py --ds_config configs/ds_zero3.json --config configs/scamo_44m.toml",
+        epilog="Example: deepspeed --num_gpus 2 train.py --config configs/scamo_44m.toml",
     )
     result.add_argument(
         "--config",
