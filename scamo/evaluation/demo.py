@@ -10,7 +10,7 @@ import numpy as np
 
 from scamo.data.dataset import MotionDataset
 from scamo.errors import ScaMoError
-from scamo.evaluation.nearest import nearest_window
+from scamo.evaluation.nearest import nearest_windows
 from scamo.evaluation.text_following import load_prompts
 from scamo.generation.api import ScaMo
 from scamo.motion.render import grid_png, save_html
@@ -48,7 +48,7 @@ def demo(
     if count < 1:
         raise ScaMoError(f"count = {count}: expected at least one sentence")
     model = ScaMo.load(run, device=device)
-    real: list[np.ndarray | None]
+    real: list[np.ndarray] = []
     if dataset is not None:
         source = MotionDataset.open(dataset)
         items = source.items(split)
@@ -60,23 +60,20 @@ def demo(
     else:
         prompts = [prompt.text for prompt in load_prompts().prompts if prompt.group == "wording"]
         texts = [prompts[i] for i in np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(int)]
-        real = [None] * len(texts)
     train_clips = _training_clips(run, dataset)
 
     motions = model.generate(texts, seed=seed, temperature=temperature)
-    rows: list[dict[str, Any]] = []
-    for text, motion, truth in zip(texts, motions, real, strict=True):
-        row: dict[str, Any] = {"text": text, "frames": len(motion)}
-        if train_clips and motion.features is not None:
-            near = nearest_window(motion.features, train_clips)
-            row |= {
-                "nearest": near.name,
-                "nearest_frame": near.start,
-                "nearest_mm": round(near.distance_mm, 1),
-            }
-            if truth is not None:
-                row["real_nearest_mm"] = round(nearest_window(truth, train_clips).distance_mm, 1)
-        rows.append(row)
+    rows: list[dict[str, Any]] = [
+        {"text": text, "frames": len(motion)} for text, motion in zip(texts, motions, strict=True)
+    ]
+    if train_clips:
+        made = [np.asarray(motion.features) for motion in motions]
+        for row, near in zip(rows, nearest_windows(made, train_clips), strict=True):
+            row |= {"nearest": near.name, "nearest_frame": near.start}
+            row["nearest_mm"] = round(near.distance_mm, 1)
+        if real:
+            for row, near in zip(rows, nearest_windows(real, train_clips), strict=True):
+                row["real_nearest_mm"] = round(near.distance_mm, 1)
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from scamo.errors import ScaMoError
-from scamo.evaluation.nearest import nearest_window
+from scamo.evaluation.nearest import nearest_window, nearest_windows
 
 
 def brute_force(query, clips):
@@ -38,6 +38,16 @@ def test_a_copy_is_found():
     found = nearest_window(query, clips)
     assert (found.name, found.start) == ("c3", 20)
     assert found.distance_mm < 1e-3
+
+
+def test_several_queries_at_once():
+    rng = np.random.default_rng(1)
+    clips = [(f"c{i}", rng.normal(size=(12 + 7 * i, 263)).astype(np.float32)) for i in range(4)]
+    queries = [rng.normal(size=(n, 263)).astype(np.float32) for n in (5, 40, 19)]
+    for found, query in zip(nearest_windows(queries, iter(clips)), queries, strict=True):
+        distance, name, start = brute_force(query, clips)
+        assert (found.name, found.start) == (name, start)
+        assert found.distance_mm == pytest.approx(distance, rel=1e-9)
 
 
 def test_errors():
