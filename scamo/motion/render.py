@@ -176,8 +176,9 @@ class _Body:
         neck = joints[15] - joints[12]
         crown = joints[15] + 0.06 * neck / max(np.linalg.norm(neck), 1e-6)
         starts, ends = joints[self.starts], joints[self.ends]
-        starts[-1] = crown
-        ends[-1] = crown + [0, 1e-3, 0]  # a line of no length would not be drawn
+        # Agg drops lines much shorter than a pixel, round caps and all.
+        starts[-1] = crown - [0, 0.01, 0]
+        ends[-1] = crown + [0, 0.01, 0]
         screen, scale = self.camera.project(np.stack([starts, ends], axis=1))
         scale = scale.mean(-1) * self.per_unit
         order = np.argsort(self.camera.view(0.5 * (starts + ends))[:, 2])[::-1]
