@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from scamo.config import ModelConfig
 from scamo.data.batches import PackedBatch
 from scamo.errors import ScaMoError
-from scamo.models.layers import Block, Head, RMSNorm, rotary_table, small_init
+from scamo.models.layers import Block, Head, Linear, RMSNorm, rotary_table, small_init
 
 
 class LMOutput(NamedTuple):
@@ -95,7 +95,7 @@ class PrefixLM(nn.Module):
         self.config = config
         width = config.width
         self.embedding = nn.Embedding(config.codes + 2, width)
-        self.text_projection = nn.Linear(config.text_width, width)
+        self.text_projection = Linear(config.text_width, width)
         self.blocks = nn.ModuleList(
             Block(width, config.heads, config.hidden, config.norm_eps) for _ in range(config.layers)
         )

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from scamo.models import layers
-from scamo.models.layers import Head, RMSNorm, check_bf16, rotary_table, rotate, swiglu
+from scamo.models.layers import Head, Linear, RMSNorm, check_bf16, rotary_table, rotate, swiglu
 
 CPU = torch.device("cpu")
 
@@ -157,3 +157,28 @@ def test_head_of_no_rows_has_zero_loss_and_gradient():
 
 def test_bfloat16_is_allowed_on_a_cpu():
     check_bf16(CPU)
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 130])
+def test_padded_rows_change_nothing(rows, monkeypatch):
+    """The same losses and gradients with rows padded to 64 and without; padding carries neither."""
+
+    def run():
+        torch.manual_seed(0)
+        linear, head = Linear(8, 12).bfloat16(), Head(12, 7)
+        torch.nn.init.normal_(head.weight)
+        head.bfloat16()
+        x = randn(rows, 8, dtype=torch.float32).bfloat16().requires_grad_()
+        targets = torch.arange(rows) % 7
+        hidden = linear(x)
+        loss, losses = head(hidden, targets)
+        loss.backward()
+        return hidden, losses, loss, x.grad, linear.weight.grad, linear.bias.grad, head.weight.grad
+
+    padded = run()
+    monkeypatch.setattr(layers, "row_padding", lambda x: 0)
+    plain = run()
+    assert padded[0].shape == (rows, 12)
+    assert padded[1].shape == (rows,)
+    for a, b in zip(padded, plain, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=2e-2, atol=2e-2 * b.float().abs().max().item())
