@@ -71,11 +71,11 @@ def prepare_synthetic(
             unit="clip",
             disable=not progress,
         )
-        for name, split, features, captions, meta in results:
+        for name, split, features, texts, meta in results:
             if isinstance(features, str):
                 writer.refuse(name, "features cannot be computed", split=split, detail=features)
             else:
-                writer.add_clip(name, features, split, captions, meta)
+                writer.add_clip(name, features, split, texts, meta)
     dataset = MotionDataset.open(out)
     if progress:
         print(dataset.summary())
