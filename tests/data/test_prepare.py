@@ -33,7 +33,7 @@ def test_synthetic_is_the_same_for_any_number_of_workers(synthetic, tmp_path):
 def test_synthetic_holds_the_corpus(synthetic):
     data = MotionDataset.open(synthetic, verify="full")
     assert [data.manifest["splits"][s]["clips"] for s in ("train", "val", "test")] == [54, 3, 3]
-    assert data.manifest["provenance"] == {"source": "synthetic", "clips": 60, "seed": 3}
+    assert data.manifest["provenance"] == {"source": "synthetic", "clips": 60, "captions": 3, "seed": 3}
     for index in (0, 9, 19, 41):
         clip = corpus_clip(index, 3)
         assert data.clip_names[index] == clip.name
