@@ -34,7 +34,7 @@ EXTRAS = {
     "test": [
         "pytest>=8",
         "pytest-benchmark>=4",
-        "pytest-xdist>=3.5",
+        "vector-quantize-pytorch>=1.20",
         "ruff==0.17.5",
         "mypy==2.4.1",
     ],

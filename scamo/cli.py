@@ -233,6 +233,8 @@ def generate(
     from scamo.motion.motion import check_suffix, save_motions
 
     check_suffix(out)
+    if not text:
+        raise ScaMoError("no sentence to generate from: give one or more, in quotes")
     model = ScaMo.load(run, device=device)
     motions = model.generate(
         list(text),

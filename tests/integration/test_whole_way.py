@@ -118,7 +118,7 @@ def test_text_following_command(way, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_prompts", lambda: few)
     out = tmp_path / "report.json"
     report = run_text_following(way / "run", temperature=0.5, out=out)
-    assert report == json.loads(out.read_text())
+    assert json.loads(json.dumps(report)) == json.loads(out.read_text())
     assert report["n"] == 10
     assert report["sampling"] == {"seed": 0, "temperature": 0.5, "greedy": False}
     assert report["correct"] == sum(prompt["exact"] for prompt in report["prompts"])
