@@ -4,12 +4,15 @@ a way through features or tokens and back. Below 99% the measure or the corpus i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scamo.evaluation.text_following import PromptSet, evaluate
+from scamo.evaluation.text_following import GROUPS, PromptSet, evaluate, follows
 from scamo.motion.synthetic import Spec, completions, generate_clip
+
+if TYPE_CHECKING:
+    from scamo.tokenizers.autoencoder import FSQAutoencoder
 
 
 def corpus_motions(prompts: PromptSet, *, seed: int = 0) -> list[np.ndarray]:
@@ -47,3 +50,38 @@ def through_features(joints: np.ndarray) -> np.ndarray:
     from scamo.motion.features import features_to_joints, joints_to_features
 
     return features_to_joints(joints_to_features(joints))
+
+
+def through_tokenizer(tokenizer: FSQAutoencoder) -> Callable[[np.ndarray], np.ndarray]:
+    """A transform: joints to features to tokens and back; frames past a whole token are cut."""
+    from scamo.motion.features import features_to_joints, joints_to_features
+    from scamo.tokenizers.encode import decode_tokens, encode_motions
+
+    def transform(joints: np.ndarray) -> np.ndarray:
+        tokens = encode_motions(tokenizer, [joints_to_features(joints)])
+        return features_to_joints(decode_tokens(tokenizer, tokens)[0])
+
+    return transform
+
+
+def ceilings(prompts: PromptSet, tokenizer: FSQAutoencoder, *, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Exact text-following of corpus motions: as they are, through features, and through the tokenizer.
+
+    Returns {"corpus" | "features" | "tokenizer": {"all" | group: share}}; a model is not asked for more.
+    """
+    motions = corpus_motions(prompts, seed=seed)
+    transforms: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "corpus": lambda joints: joints,
+        "features": through_features,
+        "tokenizer": through_tokenizer(tokenizer),
+    }
+    groups = np.array([prompt.group for prompt in prompts.prompts])
+    report = {}
+    for name, transform in transforms.items():
+        right = np.array(
+            [follows(transform(m), p.spec) for m, p in zip(motions, prompts.prompts, strict=True)], dtype=bool
+        )
+        report[name] = {"all": float(right.mean())} | {
+            group: float(right[groups == group].mean()) for group in GROUPS if (groups == group).any()
+        }
+    return report

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from scamo.evaluation.ceilings import ceilings
 from scamo.evaluation.text_following import evaluate, load_prompts
 from scamo.generation.api import ScaMo
 
@@ -33,7 +34,8 @@ def run_text_following(
         device: auto, cpu or cuda.
 
     Returns:
-        The report of `scamo.evaluation.text_following.evaluate`, with the sampling settings.
+        The report of `scamo.evaluation.text_following.evaluate`, with the sampling settings and `ceilings`:
+        what the corpus' own motions score, as they are, through features and through this tokenizer.
 
     Raises:
         ScaMoError: the run cannot be loaded or the prompt file is not the checked-in one.
@@ -47,6 +49,7 @@ def run_text_following(
         report = evaluate(
             [motion.joints for motion in motions], prompts, progress=lambda done, _: bar.update(done - bar.n)
         )
+    report["ceilings"] = ceilings(prompts, model.tokenizer)
     report["sampling"] = {"seed": seed, "temperature": temperature, "greedy": greedy}
     print(summary(report))
     if out is not None:
@@ -67,6 +70,12 @@ def summary(report: dict[str, Any]) -> str:
     for name, part in rows:
         interval = f"{part['low']:.1%} - {part['high']:.1%}"
         lines.append(f"{name:<24}{part['exact']:>7.1%}  {interval:<15}{part['chance']:>7.1%}{part['n']:>6}")
+    for name, part in report["ceilings"].items():
+        where = {"corpus": "the corpus' own motions", "features": "... through features"}.get(
+            name, "... through the tokenizer"
+        )
+        shares = ", ".join(f"{group} {share:.1%}" for group, share in part.items())
+        lines.append(f"{where:<26}{shares}")
     wrong = ", ".join(f"{count} {name}" for name, count in report["failures"].items() if count)
     lines.append(f"motions that count as wrong unseen: {wrong or 'none'}")
     physics = report["physics"]

@@ -123,3 +123,5 @@ def test_text_following_command(way, tmp_path, monkeypatch):
     assert report["sampling"] == {"seed": 0, "temperature": 0.5, "greedy": False}
     assert report["correct"] == sum(prompt["exact"] for prompt in report["prompts"])
     assert f"{report['exact']:.1%}" in summary(report)
+    assert report["ceilings"]["corpus"]["all"] == report["ceilings"]["features"]["all"] == 1.0
+    assert report["ceilings"]["tokenizer"]["all"] < 1.0  # twenty steps do not make a tokenizer
