@@ -59,7 +59,8 @@ from typing import Any
 import numpy as np
 
 from scamo.errors import ScaMoError
-from scamo.motion.skeleton import N_JOINTS, PARENTS
+from scamo.motion.measures import physics
+from scamo.motion.skeleton import N_JOINTS
 
 FPS = 20
 NONE = "none"
@@ -519,26 +520,6 @@ def load_prompts(path: str | Path | None = None) -> PromptSet:
     return PromptSet(tuple(prompts), manifest["constant"], digest)
 
 
-def physics(joints: np.ndarray) -> dict[str, float]:
-    """How physical a motion (T, 22, 3) is: foot_skate (share of the foot frames lower than 2.5 cm that
-    slide by more than 2.5 cm a frame), bone_drift (mean relative deviation of the bones from their median
-    length) and jerk (mean over joints and frames, m/s^3).
-    """
-    joints = np.asarray(joints, dtype=np.float64)
-    balls = joints[:, BALL]
-    height = balls[..., 1] - np.percentile(balls[..., 1], 5)
-    low = np.maximum(height[1:], height[:-1]) < 0.025
-    slide = np.linalg.norm(np.diff(balls[..., [0, 2]], axis=0), axis=-1)
-    bones = np.linalg.norm(joints[:, 1:] - joints[:, PARENTS[1:]], axis=-1)
-    usual = np.maximum(np.median(bones, axis=0), 1e-9)
-    jerk = np.linalg.norm(np.diff(joints, n=3, axis=0), axis=-1) * FPS**3
-    return {
-        "foot_skate": float((slide > 0.025)[low].mean()) if low.any() else 0.0,
-        "bone_drift": float((np.abs(bones - usual) / usual).mean()),
-        "jerk": float(jerk.mean()) if jerk.size else 0.0,
-    }
-
-
 def _share(right: np.ndarray, chance: float) -> dict[str, Any]:
     low, high = wilson(int(right.sum()), len(right))
     return {
@@ -648,7 +629,7 @@ def evaluate(
             float((said == prompts.constant[slot]).mean()) if rows else 0.0,
         )
         slots[slot] = _share(got == said, chance)
-    fit = [physics(one.joints) for one in measured if one is not None]
+    fit = [physics(one.joints, FPS) for one in measured if one is not None]
     entries = []
     for prompt, one, ok in zip(prompts.prompts, measured, right.tolist(), strict=True):
         labels = {k: v for k, v in asdict(one.whole).items() if v != NONE} if one is not None else {}

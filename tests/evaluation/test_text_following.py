@@ -64,6 +64,7 @@ def test_measure_does_not_know_the_generator():
     imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     assert {name for name in imported if name and name.startswith("scamo")} == {
         "scamo.errors",
+        "scamo.motion.measures",
         "scamo.motion.skeleton",
     }
 
