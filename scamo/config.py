@@ -42,7 +42,9 @@ MODEL_SIZES: dict[str, tuple[int, int, int]] = {
 class TokenizerConfig:
     """The conv auto-encoder and its quantiser (paper section 3.1; released code for the network).
 
-    codebook_size: one of the paper's names (256 ... 65536), or the product of `levels` when those are given.
+    codebook_size: for "fsq" one of the paper's names (256 ... 65536), or the product of `levels` when those
+        are given; for "vq" the exact number of codes.
+    quantizer: "fsq" or "vq" (the baseline of eqs. 1-2, with a learnt codebook; it has no levels).
     """
 
     codebook_size: int = 65536
@@ -53,9 +55,16 @@ class TokenizerConfig:
     downsample_stages: int = 2
     depth: int = 3
     dilation_base: int = 3
+    quantizer: str = "fsq"
 
     def __post_init__(self) -> None:
-        if self.levels is None and self.codebook_size not in FSQ_LEVELS:
+        if self.quantizer not in ("fsq", "vq"):
+            raise ScaMoError(f"quantizer = {self.quantizer!r}: expected fsq or vq")
+        if self.quantizer == "vq":
+            if self.levels is not None:
+                raise ScaMoError("levels: quantizer = 'vq' has none; give its number of codes, codebook_size")
+            _positive(self, "codebook_size")
+        elif self.levels is None and self.codebook_size not in FSQ_LEVELS:
             known = ", ".join(str(size) for size in FSQ_LEVELS)
             raise ScaMoError(
                 f"codebook_size = {self.codebook_size} has no FSQ levels: use one of {known}, or give levels"
@@ -68,11 +77,16 @@ class TokenizerConfig:
 
     @property
     def fsq_levels(self) -> tuple[int, ...]:
+        """Values of each channel. Raises ScaMoError for quantizer = "vq"."""
+        if self.quantizer != "fsq":
+            raise ScaMoError(f"quantizer = {self.quantizer!r} has no FSQ levels")
         return self.levels if self.levels is not None else FSQ_LEVELS[self.codebook_size]
 
     @property
     def codes(self) -> int:
-        """Number of codes K: the product of the levels (64,000 for codebook_size 65536)."""
+        """Number of codes K: for "fsq" the product of the levels (64,000 for codebook_size 65536)."""
+        if self.quantizer == "vq":
+            return self.codebook_size
         product = 1
         for level in self.fsq_levels:
             product *= level
@@ -141,6 +155,70 @@ class TokenizerRunConfig:
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     training: TokenizerTrainingConfig = field(default_factory=TokenizerTrainingConfig)
+
+
+@dataclass(frozen=True)
+class EvaluatorConfig:
+    """The two encoders of our own evaluator. text_width is taken from the dataset's text states when it is 0.
+
+    layers: residual blocks at a quarter of the frame rate, dilations 1, base, base^2, 1, ...
+    max_frames: longer motions are cut.
+    """
+
+    feature_dim: int = 263
+    text_width: int = 0
+    width: int = 256
+    embedding: int = 256
+    layers: int = 3
+    dilation_base: int = 3
+    dropout: float = 0.1
+    max_frames: int = 196
+
+    def __post_init__(self) -> None:
+        _positive(self, "feature_dim", "width", "embedding", "layers", "dilation_base", "max_frames")
+        if not 0 <= self.dropout < 1:
+            raise ScaMoError(f"dropout = {self.dropout}: expected a probability in [0, 1)")
+
+
+@dataclass(frozen=True)
+class EvaluatorTrainingConfig:
+    """Training of our own evaluator.
+
+    same_text: captions whose mean states, less their common mean, have a larger cosine than this are no
+        negatives of each other.
+    crop: shortest part of a motion that is drawn, as a share of it.
+    noise: deviation of the noise on normalised features. drop_pieces: probability that a word piece's state
+    is left out.
+    """
+
+    steps: int = 2000
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_ratio: float = 0.05
+    same_text: float = 0.7
+    crop: float = 0.6
+    noise: float = 0.1
+    drop_pieces: float = 0.1
+    clip_norm: float = 1.0
+    validate_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "batch_size", "learning_rate", "same_text", "crop", "validate_every")
+        for name in ("same_text", "crop"):
+            if getattr(self, name) > 1:
+                raise ScaMoError(f"{name} = {getattr(self, name)}: expected a value in (0, 1]")
+        if self.batch_size < 2:
+            raise ScaMoError(f"batch_size = {self.batch_size}: a contrastive loss needs at least 2")
+
+
+@dataclass(frozen=True)
+class EvaluatorRunConfig:
+    """What `scamo evaluator train` reads: [evaluator] and [training]."""
+
+    evaluator: EvaluatorConfig = field(default_factory=EvaluatorConfig)
+    training: EvaluatorTrainingConfig = field(default_factory=EvaluatorTrainingConfig)
 
 
 @dataclass(frozen=True)

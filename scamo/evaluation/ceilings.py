@@ -12,7 +12,7 @@ from scamo.evaluation.text_following import GROUPS, PromptSet, evaluate, follows
 from scamo.motion.synthetic import Spec, completions, generate_clip
 
 if TYPE_CHECKING:
-    from scamo.tokenizers.autoencoder import FSQAutoencoder
+    from scamo.tokenizers.autoencoder import MotionAutoencoder
 
 
 def corpus_motions(prompts: PromptSet, *, seed: int = 0) -> list[np.ndarray]:
@@ -52,7 +52,7 @@ def through_features(joints: np.ndarray) -> np.ndarray:
     return features_to_joints(joints_to_features(joints))
 
 
-def through_tokenizer(tokenizer: FSQAutoencoder) -> Callable[[np.ndarray], np.ndarray]:
+def through_tokenizer(tokenizer: MotionAutoencoder) -> Callable[[np.ndarray], np.ndarray]:
     """A transform: joints to features to tokens and back; frames past a whole token are cut."""
     from scamo.motion.features import features_to_joints, joints_to_features
     from scamo.tokenizers.encode import decode_tokens, encode_motions
@@ -64,7 +64,9 @@ def through_tokenizer(tokenizer: FSQAutoencoder) -> Callable[[np.ndarray], np.nd
     return transform
 
 
-def ceilings(prompts: PromptSet, tokenizer: FSQAutoencoder, *, seed: int = 0) -> dict[str, dict[str, float]]:
+def ceilings(
+    prompts: PromptSet, tokenizer: MotionAutoencoder, *, seed: int = 0
+) -> dict[str, dict[str, float]]:
     """Exact text-following of corpus motions: as they are, through features, and through the tokenizer.
 
     Returns {"corpus" | "features" | "tokenizer": {"all" | group: share}}; a model is not asked for more.

@@ -19,7 +19,8 @@ from scamo.generation.sampling import Sampling, prompt_keys
 from scamo.models.layers import check_bf16
 from scamo.models.prefix_lm import PrefixLM
 from scamo.motion.motion import Motion
-from scamo.tokenizers.autoencoder import FSQAutoencoder
+from scamo.tokenizers import load_tokenizer
+from scamo.tokenizers.autoencoder import MotionAutoencoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -30,7 +31,7 @@ class ScaMo:
     def __init__(
         self,
         model: PrefixLM,
-        tokenizer: FSQAutoencoder,
+        tokenizer: MotionAutoencoder,
         text_encoder: TextEncoder,
         fps: float = 20.0,
     ) -> None:
@@ -79,7 +80,7 @@ class ScaMo:
                 f"{folder / 'export'}: no such folder; the run has not finished: train.py --resume"
             )
         description, config = read_export(folder)
-        tokenizer = FSQAutoencoder.load(folder / "tokenizer", target)
+        tokenizer = load_tokenizer(folder / "tokenizer", target)
         check_codes(config, tokenizer, str(folder / "tokenizer"))
         model = load_transformer(folder / "model.safetensors", config, target, DTYPES[dtype])
         encoder = TextEncoder.load(

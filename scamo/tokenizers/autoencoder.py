@@ -1,4 +1,4 @@
-"""The convolutional Motion FSQ-VAE (paper section 3.1; the layers are those of the released code).
+"""The convolutional Motion FSQ-VAE and its VQ baseline (paper section 3.1; layers of the released code).
 
 Shapes: B motions, T frames, C features a frame (263), W width, E latent width, N tokens = T // downsampling.
 Activations are (B, T, W), so that channels are contiguous: 1x1 convolutions are plain matrix products, and
@@ -7,21 +7,21 @@ wider ones get the channels-last layout without a copy (in bf16 on a CPU 1.2 tim
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scamo.config import TokenizerConfig, from_dict, to_dict
-from scamo.data.storage import check_files, file_record, read_manifest, whole_folder, write_manifest
+from scamo.data.storage import whole_folder
 from scamo.errors import ScaMoError
 from scamo.tokenizers.fsq import FSQ
+from scamo.tokenizers.vq import VQ
+from scamo.weights import CONFIG, WEIGHTS, check_state, read_description, read_state, write_files
 
-FORMAT = "scamo-fsq-tokenizer"
 SCHEMA_VERSION = 1
 
 
@@ -126,8 +126,8 @@ class Decoder(nn.Module):
 class Reconstruction(NamedTuple):
     """What a forward pass gives, with gradients but for the indices.
 
-    features: normalised, float32 (B, N * downsampling, C); indices: int32 (B, N); z: what was bounded and
-    rounded to them, float32 (B, N, channels).
+    features: normalised, float32 (B, N * downsampling, C); indices: int32 (B, N); z: what they were chosen
+    for, float32: with FSQ what was bounded and rounded, (B, N, channels), with VQ the latents, (B, N, E).
     """
 
     features: Tensor
@@ -135,36 +135,48 @@ class Reconstruction(NamedTuple):
     z: Tensor
 
 
-class FSQAutoencoder(nn.Module):
+class MotionAutoencoder(nn.Module):
     """Motion features <-> tokens: `encode` and `decode` take and return raw (unnormalised) features.
 
-    Parameter names are those of the released code without its leading "vqvae.", so that its weights load by
-    name; `mean` and `std`, float32 (C,), are this project's.
+    The subclasses differ in their quantiser. Parameter names are those of the released code without its
+    leading "vqvae.", so that its weights load by name; `mean` and `std`, float32 (C,), are this project's.
 
     Args:
-        config: sizes; the full width at any codebook has 19.44M parameters.
+        config: sizes; the full width with FSQ at any codebook has 19.44M parameters.
         mean, std: statistics of the training split, (C,); 0 and 1 without them.
 
     Raises:
-        ScaMoError: mean or std of another shape, not finite, or a std that is not positive.
+        ScaMoError: mean or std of another shape, not finite, or a std that is not positive; or the config is
+            of the other quantiser.
     """
+
+    FORMAT: ClassVar[str]  # of its folder
+    QUANTIZER: ClassVar[str]  # TokenizerConfig.quantizer
 
     mean: Tensor
     std: Tensor
+    quantizer: FSQ | VQ
 
     def __init__(self, config: TokenizerConfig, mean: Any = None, std: Any = None) -> None:
         super().__init__()
+        if config.quantizer != self.QUANTIZER:
+            raise ScaMoError(
+                f"{type(self).__name__}: quantizer {config.quantizer!r}, expected {self.QUANTIZER!r}"
+            )
         self.config = config
         self.encoder = Encoder(config)
-        self.quantizer = FSQ(config.fsq_levels, config.latent_width)
+        if config.quantizer == "vq":
+            self.quantizer = VQ(config.codes, config.latent_width)
+        else:
+            self.quantizer = FSQ(config.fsq_levels, config.latent_width)
         self.decoder = Decoder(config)
         for name, value, default in (("mean", mean, 0.0), ("std", std, 1.0)):
             tensor = torch.full((config.feature_dim,), default)
-            if value is not None:
+            if given := value is not None:
                 tensor = torch.as_tensor(value).detach().to(torch.float32).clone()
             if tensor.shape != (config.feature_dim,):
                 raise ScaMoError(f"{name}: shape {tuple(tensor.shape)}, expected ({config.feature_dim},)")
-            if not tensor.isfinite().all() or (name == "std" and tensor.min() <= 0):
+            if given and (not tensor.isfinite().all() or (name == "std" and tensor.min() <= 0)):
                 raise ScaMoError(f"{name}: expected finite{' positive' if name == 'std' else ''} values")
             self.register_buffer(name, tensor)
 
@@ -185,7 +197,8 @@ class FSQAutoencoder(nn.Module):
     def forward(self, normalized: Tensor, noise: Tensor | None = None) -> Reconstruction:
         """Normalised features (B, T, C) -> their reconstruction, T floored to whole tokens.
 
-        Under autocast the convolutions run in its dtype; the quantiser stays in float32. noise: see FSQ.
+        Under autocast the convolutions run in its dtype; the quantiser stays in float32. noise: see FSQ; VQ
+        takes none.
         """
         quantised, indices, z = self.quantizer(self.encoder(self._whole_tokens(normalized)), noise)
         return Reconstruction(self.decoder(quantised).float(), indices, z)
@@ -235,90 +248,61 @@ class FSQAutoencoder(nn.Module):
 
     def write_files(self, folder: Path, *, provenance: Mapping[str, Any] | None = None) -> None:
         """Write the files of `save` into an existing folder; the manifest lists everything found there."""
-        from safetensors.torch import save_file
-
-        save_file({name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()},
-                  folder / "model.safetensors")  # fmt: skip
         description = {
-            "format": FORMAT,
+            "format": self.FORMAT,
             "schema_version": SCHEMA_VERSION,
             "tokenizer": to_dict(self.config),
             "provenance": dict(provenance or {}),
         }
-        _write_json(folder / "config.json", description)
-        files = {
-            path.name: file_record(path) for path in sorted(folder.iterdir()) if path.name != "manifest.json"
-        }
-        write_manifest(folder, {"format": FORMAT, "schema_version": SCHEMA_VERSION, "files": files})
+        write_files(folder, self.state_dict(), description)
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> FSQAutoencoder:
-        """Read a tokenizer folder; the module is in evaluation mode.
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
+        """Read a tokenizer folder; the module is in evaluation mode. `load_tokenizer` opens either kind.
 
         Raises ScaMoError naming the file, and the tensor that is missing, unknown or of another shape.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         folder = Path(folder)
-        description = read_description(folder)
-        if (folder / "manifest.json").is_file():
-            manifest = read_manifest(folder, format=FORMAT, schema_version=SCHEMA_VERSION)
-            check_files(folder, manifest, hashes=True)
-        model = cls(
-            from_dict(TokenizerConfig, description["tokenizer"], where=f"{folder / 'config.json'}: tokenizer")
-        )
-        weights = folder / "model.safetensors"
-        try:
-            state = load_file(weights)
-        except FileNotFoundError:
-            raise ScaMoError(f"{weights}: no such file") from None
-        except (OSError, SafetensorError) as error:
-            raise ScaMoError(f"{weights}: not a readable safetensors file: {error}") from None
-        check_state(state, model.state_dict(), str(weights))
+        return cls.from_description(folder, read_tokenizer(folder, {cls.FORMAT: cls}), device)
+
+    @classmethod
+    def from_description(
+        cls, folder: Path, description: Mapping[str, Any], device: str | torch.device = "cpu"
+    ) -> Self:
+        """`load`, with what `read_tokenizer` gave: the files were compared with the manifest already."""
+        where = f"{folder / CONFIG}: tokenizer"
+        config = from_dict(TokenizerConfig, description["tokenizer"], where=where)
+        if config.quantizer != cls.QUANTIZER:
+            raise ScaMoError(f"{where}: quantizer {config.quantizer!r}, expected {cls.QUANTIZER!r}")
+        model = cls(config)
+        state = read_state(folder / WEIGHTS)
+        check_state(state, model.state_dict(), str(folder / WEIGHTS))
         model.load_state_dict(state)
         return model.eval().to(device)
 
 
-def read_description(folder: Path, formats: Collection[str] = (FORMAT,)) -> dict[str, Any]:
-    """The config.json of a tokenizer folder of one of `formats`. Raises ScaMoError naming what is wrong."""
-    path = folder / "config.json"
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ScaMoError(f"{path}: no such file; {folder} is not a tokenizer folder") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ScaMoError(f"{path}: not valid JSON: {error}") from None
-    found = description.get("format") if isinstance(description, dict) else type(description).__name__
-    if found not in formats:
-        raise ScaMoError(f"{path}: format {found!r}, expected {' or '.join(map(repr, formats))}")
-    version = description.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise ScaMoError(f"{path}: schema_version {version!r}, this version reads {SCHEMA_VERSION}")
-    if "tokenizer" not in description:
-        raise ScaMoError(f"{path}: missing key tokenizer")
-    return description
+class FSQAutoencoder(MotionAutoencoder):
+    """The Motion FSQ-VAE (paper eqs. 3-4)."""
+
+    FORMAT = "scamo-fsq-tokenizer"
+    QUANTIZER = "fsq"
+    quantizer: FSQ
 
 
-def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Compare names and shapes of two state dicts. Raises ScaMoError naming what does not fit."""
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    other = [
-        f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in expected
-        if name in found and found[name].shape != expected[name].shape
-    ]
-    faults = [
-        f"{word} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for word, names in (("missing", missing), ("unknown", unknown), ("shape:", other))
-        if names
-    ]
-    if faults:
-        raise ScaMoError(f"{where}: the weights do not fit the config: {'; '.join(faults)}")
-    for name, tensor in found.items():
-        if not tensor.isfinite().all():
-            raise ScaMoError(f"{where}: {name} holds values that are not finite")
+class VQAutoencoder(MotionAutoencoder):
+    """The same network around a codebook (paper eqs. 1-2): the baseline, and T2M-GPT's tokenizer."""
+
+    FORMAT = "scamo-vq-tokenizer"
+    QUANTIZER = "vq"
+    quantizer: VQ
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+KINDS: dict[str, type[MotionAutoencoder]] = {kind.FORMAT: kind for kind in (FSQAutoencoder, VQAutoencoder)}
+
+
+def read_tokenizer(folder: Path, kinds: Mapping[str, type[MotionAutoencoder]] = KINDS) -> dict[str, Any]:
+    """The config.json of a tokenizer folder of one of `kinds`, its files compared with the manifest's hashes.
+
+    Raises ScaMoError naming what is wrong.
+    """
+    return read_description(folder, kinds, SCHEMA_VERSION, "tokenizer", required=("tokenizer",))

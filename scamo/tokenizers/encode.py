@@ -16,7 +16,7 @@ from scamo.data.storage import sha256_of
 from scamo.device import resolve_device
 from scamo.errors import ScaMoError
 from scamo.tokenizers import load_tokenizer
-from scamo.tokenizers.autoencoder import FSQAutoencoder
+from scamo.tokenizers.autoencoder import MotionAutoencoder
 
 # Frames of one batch: enough to fill two cores or a GPU, about 100 MB of activations at full width.
 BATCH_FRAMES = 16_384
@@ -41,7 +41,7 @@ def length_groups(
 
 
 def encode_motions(
-    tokenizer: FSQAutoencoder, motions: Sequence[NDArray[np.float32]], *, batch_frames: int = BATCH_FRAMES
+    tokenizer: MotionAutoencoder, motions: Sequence[NDArray[np.float32]], *, batch_frames: int = BATCH_FRAMES
 ) -> list[NDArray[np.int32]]:
     """Encode motions of any lengths, each as if alone.
 
@@ -63,7 +63,7 @@ def encode_motions(
 
 @torch.inference_mode()
 def encode_batch(
-    tokenizer: FSQAutoencoder, motions: Sequence[NDArray[np.float32]], batch: Sequence[int]
+    tokenizer: MotionAutoencoder, motions: Sequence[NDArray[np.float32]], batch: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Motions `batch`, of one number of tokens -> raw features (B, T, C) and indices int32 (B, N).
 
@@ -79,7 +79,7 @@ def encode_batch(
 
 
 def decode_tokens(
-    tokenizer: FSQAutoencoder, tokens: Sequence[NDArray[np.integer]], *, batch_frames: int = BATCH_FRAMES
+    tokenizer: MotionAutoencoder, tokens: Sequence[NDArray[np.integer]], *, batch_frames: int = BATCH_FRAMES
 ) -> list[NDArray[np.float32]]:
     """Decode token arrays (n,) of any lengths, each as if alone -> raw float32 (n * downsampling, C).
 
@@ -112,7 +112,7 @@ class ItemFeatures(Sequence):
         return self.dataset.item_features(int(self.items[index]))
 
 
-def open_matching(tokenizer: FSQAutoencoder, dataset_folder: str | Path) -> MotionDataset:
+def open_matching(tokenizer: MotionAutoencoder, dataset_folder: str | Path) -> MotionDataset:
     """Open a dataset whose features have the tokenizer's width. Raises ScaMoError where they differ."""
     dataset = MotionDataset.open(dataset_folder)
     if dataset.feature_dim != tokenizer.config.feature_dim:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from tqdm import tqdm
 from scamo.device import resolve_device
 from scamo.errors import ScaMoError
 from scamo.motion.features import FEATURE_DIM, features_to_joints
+from scamo.motion.measures import acceleration_error, mpjpe, root_error, velocity_error
 from scamo.tokenizers import load_tokenizer
-from scamo.tokenizers.autoencoder import FSQAutoencoder
+from scamo.tokenizers.autoencoder import MotionAutoencoder
 from scamo.tokenizers.encode import (
     BATCH_FRAMES,
     ItemFeatures,
@@ -53,7 +55,7 @@ def codebook_statistics(counts: Tensor) -> dict[str, Any]:
 
 
 def reconstruction_metrics(
-    tokenizer: FSQAutoencoder,
+    tokenizer: MotionAutoencoder,
     motions: Sequence[NDArray[np.float32]],
     lengths: Sequence[int] | NDArray,
     *,
@@ -74,7 +76,7 @@ def reconstruction_metrics(
     """
     device = tokenizer.mean.device
     counts = torch.zeros(tokenizer.codes, dtype=torch.int64, device=device)
-    sums: dict[str, float] = dict.fromkeys(("l1", "mpjpe", "root", "velocity", "acceleration"), 0.0)
+    sums: dict[str, float] = defaultdict(float)
     frames = steps = bends = compared = 0
     total = int((np.asarray(lengths) // tokenizer.downsampling).sum())
     with (
@@ -87,15 +89,15 @@ def reconstruction_metrics(
             counts += code_histogram(indices, tokenizer.codes)
             size, length, width = features.shape
             compared, frames = compared + size, frames + size * length
-            steps, bends = steps + size * (length - 1), bends + size * (length - 2)
             sums["l1"] += float(((decoded - features) / tokenizer.std).abs().double().sum()) / width
             if width == FEATURE_DIM:
                 true, made = features_to_joints(features.double()), features_to_joints(decoded.double())
-                error = made - true
-                sums["mpjpe"] += _lengths(error - error[:, :, :1])
-                sums["root"] += _lengths(error[:, :, :1])
-                sums["velocity"] += _lengths(error.diff(dim=1))
-                sums["acceleration"] += _lengths(error.diff(n=2, dim=1))
+                now, step, bend = (size * max(length - n, 0) for n in range(3))
+                steps, bends = steps + step, bends + bend
+                sums["mpjpe_mm"] += now * mpjpe(made, true)
+                sums["root_mm"] += now * root_error(made, true)
+                sums["velocity_mm_s"] += step * velocity_error(made, true, fps)
+                sums["acceleration_mm_s2"] += bend * acceleration_error(made, true, fps)
             bar.update(indices.numel())
     if compared == 0:
         raise ScaMoError(
@@ -109,17 +111,12 @@ def reconstruction_metrics(
     }
     if tokenizer.config.feature_dim == FEATURE_DIM:
         report |= {
-            "mpjpe_mm": 1000 * sums["mpjpe"] / frames,
-            "root_mm": 1000 * sums["root"] / frames,
-            "velocity_mm_s": 1000 * fps * sums["velocity"] / max(steps, 1),
-            "acceleration_mm_s2": 1000 * fps**2 * sums["acceleration"] / max(bends, 1),
+            "mpjpe_mm": sums["mpjpe_mm"] / frames,
+            "root_mm": sums["root_mm"] / frames,
+            "velocity_mm_s": sums["velocity_mm_s"] / max(steps, 1),
+            "acceleration_mm_s2": sums["acceleration_mm_s2"] / max(bends, 1),
         }
     return report | codebook_statistics(counts)
-
-
-def _lengths(vectors: Tensor) -> float:
-    """Sum over motions and frames of the mean over joints of |vectors|: (B, T, J, 3) -> a number."""
-    return float(vectors.norm(dim=-1).mean(dim=-1).sum())
 
 
 def evaluate_tokenizer(

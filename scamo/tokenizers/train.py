@@ -186,12 +186,16 @@ def train_tokenizer(
         The last validation's metrics (see `reconstruction_metrics`; empty without a val split) and the loss.
 
     Raises:
-        ScaMoError: the dataset does not open or fit, no clip is as long as a window, OUT exists, or the loss
-            stops being finite; OUT is then not written.
+        ScaMoError: the dataset does not open or fit, no clip is as long as a window, OUT exists, the
+            quantizer is not "fsq", or the loss stops being finite; OUT is then not written.
     """
     out = Path(out_folder)
     if out.exists() and not overwrite:
         raise ScaMoError(f"{out} exists: choose another name, or ask for it to be overwritten")
+    if config.tokenizer.quantizer != "fsq":
+        raise ScaMoError(
+            f"tokenizer.quantizer = {config.tokenizer.quantizer!r} cannot be trained yet: expected 'fsq'"
+        )
     training, where = config.training, resolve_device(device)
     bfloat16 = use_bfloat16(training.precision, where)
     dataset = MotionDataset.open(dataset_folder)

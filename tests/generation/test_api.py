@@ -19,7 +19,7 @@ from scamo.generation.export import export_model
 from scamo.models.prefix_lm import PrefixLM
 from scamo.motion.features import features_to_joints
 from scamo.motion.motion import Motion
-from scamo.tokenizers.autoencoder import FSQAutoencoder
+from scamo.tokenizers.autoencoder import FSQAutoencoder, VQAutoencoder
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "person", "walks", "runs", "jumps", "in", "circle", "slowly"]
 TEXTS = ["a person walks", "a person jumps slowly", "runs", "a person walks in a circle"]
@@ -276,6 +276,18 @@ def test_another_tokenizer_or_text_encoder_does_not_fit(copy, encoder, exported,
     transformers.BertModel(bert).save_pretrained(wide)
     with pytest.raises(ScaMoError, match=r"wide: states of width 20, but .* for 12"):
         ScaMo.load(exported, device="cpu", text_encoder=str(wide))
+
+
+def test_a_vq_tokenizer_serves_as_well(encoder, tmp_path):
+    torch.manual_seed(3)
+    config = TokenizerConfig(quantizer="vq", codebook_size=25, width=16, latent_width=8, depth=1)
+    VQAutoencoder(config, torch.zeros(263), torch.full((263,), 0.5)).save(tmp_path / "vq")
+    folder = export_model(tmp_path / "out", make_state(), CONFIG, tmp_path / "vq", str(encoder))
+    model = ScaMo.load(folder, device="cpu")
+    assert type(model.tokenizer) is VQAutoencoder
+    motion = model.generate(TEXTS[0])
+    features = model.tokenizer.decode(torch.from_numpy(motion.tokens)[None])[0].detach().numpy()
+    np.testing.assert_allclose(motion.features, features, atol=1e-6)
 
 
 def test_export_replaces_an_export_and_nothing_else(encoder, tokenizer, tmp_path):
