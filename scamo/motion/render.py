@@ -22,6 +22,8 @@ from scamo.motion.files import replacing
 from scamo.motion.motion import Motion
 from scamo.motion.skeleton import CHAINS, N_JOINTS, PARENTS
 
+_VIEWER = Path(__file__).parent / "viewer.html"
+
 _PAPER = "#fbfaf7"
 _INK = "#22303c"
 _FAINT_INK = "#7b8794"
@@ -411,7 +413,32 @@ def grid_png(
         figure.savefig(partial, format="png", facecolor=_PAPER)
 
 
-def _embedded(motion: Motion, text: str) -> dict[str, Any]:
+def figure_script() -> str:
+    """The JavaScript of the player that draws a body on a canvas, for other pages.
+
+    It defines decode, readColours, fit and drawFigure, and expects `data` with `body_constants` in it and the
+    player's CSS colours.
+    """
+    page = _VIEWER.read_text(encoding="utf-8")
+    return page[page.index("// The figure,") : page.index("// The end of the figure.")]
+
+
+def body_constants() -> dict[str, Any]:
+    """What `figure_script` needs to know of the body."""
+    return {
+        "parents": list(PARENTS),
+        "sides": [_side(joint) for joint in range(N_JOINTS)],
+        "widths": _WIDTHS.tolist(),
+        "head": _HEAD_WIDTH,
+    }
+
+
+def script_json(data: Any) -> str:
+    """JSON for inside <script>, where only "<" is dangerous: a caption could hold "</script>"."""
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def embedded(motion: Motion, text: str) -> dict[str, Any]:
     """A motion for the viewer: 16-bit integers over the range of the coordinates, base64, little-endian."""
     joints = motion.joints.astype(np.float64)
     low = joints.min((0, 1))
@@ -446,18 +473,10 @@ def save_html(
         titles = [motion.text or "" for motion in motions]
     elif len(titles) != len(motions):
         raise ScaMoError(f"titles: expected {len(motions)}, one for each motion, got {len(titles)}")
-    data = {
-        "parents": list(PARENTS),
-        "sides": [_side(joint) for joint in range(N_JOINTS)],
-        "widths": _WIDTHS.tolist(),
-        "head": _HEAD_WIDTH,
-        "motions": [_embedded(*pair) for pair in zip(motions, titles, strict=True)],
-    }
-    # Inside <script> only "<" is dangerous; a caption could hold "</script>".
-    embedded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    template = (Path(__file__).parent / "viewer.html").read_text(encoding="utf-8")
+    data = body_constants() | {"motions": [embedded(*pair) for pair in zip(motions, titles, strict=True)]}
+    template = _VIEWER.read_text(encoding="utf-8")
     if title is None:
         title = (titles[0] or "motion") if len(motions) == 1 else f"{len(motions)} motions"
-    page = template.replace("__TITLE__", escape(title)).replace("__DATA__", embedded)
+    page = template.replace("__TITLE__", escape(title)).replace("__DATA__", script_json(data))
     with replacing(path) as partial:
         partial.write_text(page, encoding="utf-8")
