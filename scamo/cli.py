@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +18,8 @@ app = tyro.extras.SubcommandApp()
 prepare = tyro.extras.SubcommandApp()
 data = tyro.extras.SubcommandApp()
 tokenizer = tyro.extras.SubcommandApp()
-evaluate = tyro.extras.SubcommandApp()
+evaluator = tyro.extras.SubcommandApp()
+importers = tyro.extras.SubcommandApp()
 
 
 @app.command
@@ -263,29 +264,286 @@ def view(motion: Positional[Path], out: Out) -> None:
     print(out)
 
 
-@evaluate.command(name="text-following")
-def evaluate_text_following(
+@app.command
+def evaluate(
     run: Positional[Path],
     *,
+    protocol: Literal["humanml3d", "strict", "text-following"] = "humanml3d",
+    evaluator: Path | None = None,
+    dataset: Path | None = None,
+    split: Literal["train", "val", "test"] = "test",
+    repeats: int = 20,
     seed: int = 0,
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     greedy: bool = False,
+    mm_texts: int = 100,
+    batch_size: int = 32,
+    out: Path | None = None,
+    again: bool = False,
+    device: str = "auto",
+) -> None:
+    """Measure a model: FID, R-precision and the rest beside real data and reconstruction, or text-following.
+
+    humanml3d is the protocol of Guo et al. to the letter; strict asks the same without its randomness;
+    text-following generates the 400 checked-in prompts of the synthetic corpus and measures the joints.
+    Under `torchrun --nproc-per-node N -m scamo.cli evaluate ...` every process generates its part.
+
+    Args:
+        run: a training run or an exported model.
+        protocol: humanml3d, strict or text-following.
+        evaluator: an evaluator folder (`scamo evaluator train` or `scamo import t2m-evaluator`).
+        dataset: the dataset folder; the one the run was trained on without it.
+        split: choose models on val; each protocol meets a run's test split once.
+        repeats: of the humanml3d protocol.
+        seed: of the draws and the sampling.
+        temperature: of the sampling.
+        top_k: sample among the k likeliest tokens only; 0 means all.
+        top_p: sample among the likeliest tokens that have this much probability together.
+        greedy: take the likeliest token every time.
+        mm_texts: sentences of the multimodality, 30 motions each in every repeat; 0 leaves it out.
+        batch_size: sentences generated at a time; the numbers do not depend on it.
+        out: where to write the report; RUN/evaluation/PROTOCOL-SPLIT-DATASET.json and .md without it.
+        again: meet the test split once more; the report counts it.
+        device: auto, cpu or cuda.
+    """
+    if protocol == "text-following":
+        _text_following_only(
+            {"--evaluator": evaluator, "--dataset": dataset, "--top-k": top_k, "--again": again}
+            | {"--top-p": top_p != 1, "--split": split != "test"}
+        )
+        from scamo.evaluation.run_text_following import run_text_following
+
+        run_text_following(run, seed=seed, temperature=temperature, greedy=greedy, out=out, device=device)
+        return
+    from scamo.evaluation.protocol import Settings, evaluate_run
+
+    if evaluator is None:
+        raise ScaMoError(
+            f"protocol {protocol} needs an evaluator: name one with --evaluator (`scamo evaluator train`, or "
+            "`scamo import t2m-evaluator` for the published one)"
+        )
+    settings = Settings(
+        protocol=protocol,
+        split=split,
+        repeats=repeats,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        greedy=greedy,
+        mm_texts=mm_texts,
+        batch_size=batch_size,
+    )
+    evaluate_run(run, evaluator, dataset=dataset, settings=settings, out=out, again=again, device=device)
+
+
+def _text_following_only(options: Mapping[str, object]) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise ScaMoError(
+            f"protocol text-following has its own prompts and measure: leave out {', '.join(given)}"
+        )
+
+
+@app.command
+def compare(
+    runs: Positional[tuple[Path, ...]],
+    out: Out,
+    *,
+    prompts: str = "out-of-distribution",
+    evaluator: Path | None = None,
+    names: tuple[str, ...] = (),
+    samples: int = 1,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    greedy: bool = False,
+    pictures: int = 24,
+    batch_size: int = 32,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Give the same prompts and seeds to several models: one page of players side by side and paired numbers.
+
+    Args:
+        runs: training runs or exported models; differences are to the first.
+        out: the folder to write: index.html, table.md, report.json and every motion.
+        prompts: a .txt, .json or .jsonl file, or out-of-distribution: 90 prompts that belong to the project.
+        evaluator: also measure how well text and motion agree, with this evaluator.
+        names: what to call the runs on the page, one each.
+        samples: motions per prompt and run; they are averaged, the prompt is what is resampled.
+        seed: of the sampling.
+        temperature: of the sampling.
+        top_k: sample among the k likeliest tokens only; 0 means all.
+        top_p: sample among the likeliest tokens that have this much probability together.
+        greedy: take the likeliest token every time.
+        pictures: prompts that are shown, evenly spread over the groups; all are measured.
+        batch_size: sentences generated at a time.
+        device: auto, cpu or cuda.
+        overwrite: replace an earlier comparison.
+    """
+    from scamo.evaluation.compare import compare, markdown
+
+    report = compare(
+        runs,
+        prompts,
+        out,
+        evaluator=evaluator,
+        seed=seed,
+        samples=samples,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        greedy=greedy,
+        names=names or None,
+        pictures=pictures,
+        batch_size=batch_size,
+        device=device,
+        overwrite=overwrite,
+    )
+    print(markdown(report))
+    print(out / "index.html")
+
+
+@evaluator.command(name="train")
+def evaluator_train(
+    datasets: Positional[tuple[Path, ...]],
+    out: Out,
+    *,
+    config: Path = Path("configs/evaluator_full.toml"),
+    set: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="SECTION.KEY=VALUE")]] = (),
+    text: str = "",
+    device: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Train an evaluator on the train split of one or more datasets, so that custom data can be scored.
+
+    Args:
+        datasets: dataset folders with text states; the first one's val split chooses the step.
+        out: the evaluator folder to write.
+        config: TOML with [evaluator] and [training].
+        set: override a key of the config; may be repeated.
+        text: name of the text states; the only ones without it.
+        device: auto, cpu or cuda.
+        overwrite: replace an existing evaluator.
+    """
+    from scamo.config import EvaluatorRunConfig, load_config
+    from scamo.evaluation.train_evaluator import train_evaluator
+
+    run = load_config(EvaluatorRunConfig, config, set)
+    train_evaluator(run, datasets, out, text=text, device=device, overwrite=overwrite)
+
+
+@evaluator.command(name="evaluate")
+def evaluator_evaluate(
+    evaluator: Positional[Path],
+    dataset: Positional[Path],
+    *,
+    split: Literal["train", "val", "test"] = "test",
     out: Path | None = None,
     device: str = "auto",
 ) -> None:
-    """Generate one motion for each of the 400 checked-in prompts and measure whether it does what they say.
+    """Print how well an evaluator tells a dataset's own sentences and motions apart (strict protocol).
 
     Args:
-        run: a training run or an exported model that was trained on the synthetic corpus.
-        seed: of the sampling.
-        temperature: of the sampling.
-        greedy: take the likeliest token every time.
-        out: also write the report as JSON.
+        evaluator: the evaluator folder.
+        dataset: the dataset folder.
+        split: which part of it.
+        out: also write the report, as OUT.json and OUT.md.
         device: auto, cpu or cuda.
     """
-    from scamo.evaluation.run_text_following import run_text_following
+    from scamo.evaluation.protocol import Settings, evaluate_run
 
-    run_text_following(run, seed=seed, temperature=temperature, greedy=greedy, out=out, device=device)
+    settings = Settings(protocol="strict", split=split)
+    evaluate_run(None, evaluator, dataset=dataset, settings=settings, out=out, device=device)
+
+
+@importers.command(name="scamo-official")
+def import_scamo_official(
+    checkpoints: Positional[tuple[Path, ...]],
+    out: Out,
+    *,
+    mean: Path | None = None,
+    std: Path | None = None,
+    tokenizer: Path | None = None,
+    codebook_size: int = 0,
+    text_encoder: str = "flan-t5-xl",
+    heads: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Convert the released ScaMo checkpoints; tokenizer and transformer together make a model.
+
+    Args:
+        checkpoints: the tokenizer's and the transformer's file, in any order, or one of them.
+        out: the folder to write: an exported model, or a tokenizer where there is no transformer.
+        mean: .npy (263,) of the tokenizer's training, which its checkpoint does not hold.
+        std: .npy (263,) that goes with it.
+        tokenizer: a tokenizer folder for a transformer alone.
+        codebook_size: the paper's name of the codebook, for a tokenizer alone whose levels are ambiguous.
+        text_encoder: what the transformer reads: a name or a folder.
+        heads: of a transformer that is none of the paper's sizes.
+        overwrite: replace what was written there before.
+    """
+    from scamo.importers.scamo_official import import_scamo_official
+
+    path = import_scamo_official(
+        checkpoints,
+        out,
+        mean=mean,
+        std=std,
+        tokenizer=tokenizer,
+        codebook_size=codebook_size,
+        text_encoder=text_encoder,
+        heads=heads,
+        overwrite=overwrite,
+    )
+    print(path)
+
+
+@importers.command(name="t2m-gpt-tokenizer")
+def import_t2m_gpt_tokenizer(
+    checkpoint: Positional[Path], out: Out, *, mean: Path, std: Path, overwrite: bool = False
+) -> None:
+    """Convert T2M-GPT's VQ tokenizer.
+
+    Args:
+        checkpoint: its net_last.pth.
+        out: the tokenizer folder to write.
+        mean: .npy (263,) of its training.
+        std: .npy (263,) that goes with it.
+        overwrite: replace an existing tokenizer.
+    """
+    from scamo.importers.t2m_gpt import import_t2m_gpt_tokenizer
+
+    print(import_t2m_gpt_tokenizer(checkpoint, out, mean=mean, std=std, overwrite=overwrite))
+
+
+@importers.command(name="t2m-evaluator")
+def import_t2m_evaluator(
+    source: Positional[Path],
+    out: Out,
+    *,
+    mean: Path | None = None,
+    std: Path | None = None,
+    glove: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Convert the published evaluator of Guo et al. (finest.tar, its statistics, the GloVe words).
+
+    Args:
+        source: the folder with the published files anywhere below it, or finest.tar itself.
+        out: the evaluator folder to write.
+        mean: the evaluator's own mean.npy, where it is not below `source`.
+        std: the std.npy that goes with it.
+        glove: the folder with our_vab_data.npy, our_vab_words.pkl and our_vab_idx.pkl.
+        overwrite: replace an existing evaluator.
+    """
+    from scamo.importers.t2m_evaluator import import_t2m_evaluator
+
+    print(import_t2m_evaluator(source, out, mean=mean, std=std, glove=glove, overwrite=overwrite))
 
 
 @app.command
@@ -344,7 +602,8 @@ def quickstart(*, out: Out = Path("runs/quickstart"), ranks: int = 2) -> None:
 app.command(prepare, name="prepare", help="Turn motion and captions into a dataset.")
 app.command(data, name="data", help="Look into a dataset.")
 app.command(tokenizer, name="tokenizer", help="Train, evaluate and apply the motion tokenizer.")
-app.command(evaluate, name="evaluate", help="Measure a trained model.")
+app.command(evaluator, name="evaluator", help="Train and judge the networks that metrics rest on.")
+app.command(importers, name="import", help="Convert published checkpoints.")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -18,7 +18,16 @@ def test_help_imports_nothing_heavy():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    for command in ("doctor", "prepare", "encode-text", "tokenizer", "generate", "view", "quickstart"):
+    for command in (
+        "doctor",
+        "prepare",
+        "encode-text",
+        "tokenizer",
+        "generate",
+        "evaluate",
+        "compare",
+        "import",
+    ):
         assert command in run.stdout
 
 
@@ -33,7 +42,16 @@ def test_help_imports_nothing_heavy():
         (["generate", "a person walks", "-o", "motion.npz", "--run", "nowhere"], "nowhere"),
         (["view", "nowhere.npz", "-o", "x.gif"], "nowhere.npz"),
         (["prepare", "humanml3d", "nowhere", "out"], "nowhere"),
-        (["evaluate", "text-following", "nowhere"], "nowhere"),
+        (["evaluate", "nowhere", "--protocol", "text-following"], "nowhere"),
+        (["evaluate", "nowhere"], "--evaluator"),
+        (["evaluate", "nowhere", "--evaluator", "nothing"], "nowhere"),
+        (["evaluator", "train", "nowhere", "-o", "out", "--config", "none.toml"], "none.toml"),
+        (["evaluator", "evaluate", "nothing", "nowhere"], "nowhere"),
+        (["compare", "nowhere", "elsewhere", "-o", "out"], "nowhere"),
+        (["compare", "nowhere", "elsewhere", "-o", "out", "--prompts", "none.txt"], "none.txt"),
+        (["import", "scamo-official", "none.pth", "-o", "out"], "none.pth"),
+        (["import", "t2m-gpt-tokenizer", "none.pth", "-o", "out", "--mean", "m", "--std", "s"], "none.pth"),
+        (["import", "t2m-evaluator", "nowhere", "-o", "out"], "nowhere"),
     ],
     ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else "",
 )

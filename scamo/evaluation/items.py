@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scamo.data.dataset import MotionDataset
 
 UNIT = 4  # frames: the evaluators' step, to which lengths are floored
-TURNS = 3  # captions of an item that the strict protocol asks for; HumanML3D has three of most
+MOST_TURNS = 3  # captions of an item that the strict protocol asks for; HumanML3D has three of most
 
 # HumanML3D's numbers, and "M" before them for the mirrored copy.
 _MIRRORED = re.compile(r"^M(?=\d)")
@@ -64,6 +64,11 @@ def draw_humanml3d(
     lengths = np.maximum(lengths, UNIT)
     starts = rng.integers(0, frames - lengths + 1)
     return Draw(chosen, captions, starts, starts + lengths)
+
+
+def strict_turns(dataset: MotionDataset, items: NDArray[np.int64]) -> int:
+    """How many turns `draw_strict` has: captions of the item with the most, at most MOST_TURNS."""
+    return min(MOST_TURNS, max(len(dataset.captions_of(int(item))) for item in items))
 
 
 def draw_strict(dataset: MotionDataset, items: NDArray[np.int64], turn: int) -> Draw:

@@ -81,7 +81,7 @@ def summary(report: dict[str, Any]) -> str:
     physics = report["physics"]
     if physics:
         lines.append(
-            f"foot-skate {physics['foot_skate']:.1%}, bone drift {physics['bone_drift']:.1%}, "
-            f"jerk {physics['jerk']:.0f} m/s^3"
+            f"foot-skate {physics['foot_skate']:.1%}, penetration {physics['foot_penetration_mm']:.1f} mm, "
+            f"bone drift {physics['bone_drift']:.1%}, jerk {physics['jerk']:.0f} m/s^3"
         )
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from scamo.data.dataset import MotionDataset, TextStore
 from scamo.device import resolve_device
 from scamo.errors import ScaMoError
 from scamo.evaluation.contrastive import DOWNSAMPLING, ContrastiveEvaluator, ContrastiveNetwork, pad
-from scamo.evaluation.items import TURNS, draw_strict, source_clips
+from scamo.evaluation.items import draw_strict, source_clips, strict_turns
 from scamo.evaluation.metrics import expected_r_precision
 
 POOL = 32
@@ -244,7 +244,7 @@ def _validate(network: ContrastiveNetwork, dataset: MotionDataset, store: TextSt
     )
     motions = evaluator.embed_motions(draw_strict(dataset, items, 0).features(dataset))
     hits = []
-    for turn in range(TURNS):
+    for turn in range(strict_turns(dataset, items)):
         captions = draw_strict(dataset, items, turn).captions
         texts = evaluator.embed_states([store[int(caption)] for caption in captions])
         hits.append(expected_r_precision(texts, motions, groups=clips, top_k=3, pool=pool).mean(axis=0))

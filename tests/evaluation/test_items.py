@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scamo.data.dataset import Caption, DatasetWriter, MotionDataset
-from scamo.evaluation.items import draw_humanml3d, draw_strict, source_clips
+from scamo.evaluation.items import draw_humanml3d, draw_strict, source_clips, strict_turns
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,7 @@ def test_lengths_and_places_are_those_of_the_protocol(dataset, items):
 
 
 def test_strict_takes_everything_in_turn(dataset, items):
+    assert strict_turns(dataset, items) == 2
     for turn in range(3):
         draw = draw_strict(dataset, items, turn)
         np.testing.assert_array_equal(draw.items, items)
