@@ -36,7 +36,7 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> float:
 
 
 def quickstart(out: Path = Path("runs/quickstart"), *, ranks: int = 2) -> dict:
-    """Corpus, tokenizer, text, ZeRO-3 training, generation, measure and pictures.
+    """Corpus, tokenizer, text, ZeRO-3 training, generation, measures and pictures.
 
     Args:
         out: folder for everything; an earlier quickstart there is replaced.
@@ -65,7 +65,7 @@ def quickstart(out: Path = Path("runs/quickstart"), *, ranks: int = 2) -> dict:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
-    dataset, tokenizer, run = out / "dataset", out / "tokenizer", out / "run"
+    dataset, tokenizer, run, evaluator = (out / name for name in ("dataset", "tokenizer", "run", "evaluator"))
     train = [
         *("deepspeed", "-q", "--num_gpus", str(ranks), "train.py"),
         *("--ds_config", "configs/ds_zero3.json", "--config", "configs/quickstart.toml"),
@@ -84,8 +84,18 @@ def quickstart(out: Path = Path("runs/quickstart"), *, ranks: int = 2) -> dict:
         ("training", train),
         (
             "generation",
-            [*scamo, "evaluate", "text-following", str(run), "--temperature", TEMPERATURE]
-            + ["--out", str(out / "text_following.json")],
+            [*scamo, "evaluate", str(run), "--protocol", "text-following"]
+            + ["--temperature", TEMPERATURE, "--out", str(out / "text_following.json")],
+        ),
+        (
+            "evaluator",
+            [*scamo, "evaluator", "train", str(dataset), "-o", str(evaluator)]
+            + ["--config", "configs/evaluator_narrow.toml", "--set", "training.steps=100"],
+        ),
+        (
+            "evaluation",
+            [*scamo, "evaluate", str(run), "--protocol", "strict", "--evaluator", str(evaluator)]
+            + ["--temperature", TEMPERATURE, "--mm-texts", "0", "--out", str(out / "evaluation")],
         ),
         (
             "pictures",
@@ -97,6 +107,7 @@ def quickstart(out: Path = Path("runs/quickstart"), *, ranks: int = 2) -> dict:
         seconds[name] = _run(command, environment)
 
     following = json.loads((out / "text_following.json").read_text(encoding="utf-8"))
+    evaluation = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     exact = following["groups"]["wording"]["exact"]
     chance = following["groups"]["wording"]["chance"]
     passed = exact >= GATE_EXACT and exact >= GATE_OVER_CHANCE * chance
@@ -104,6 +115,7 @@ def quickstart(out: Path = Path("runs/quickstart"), *, ranks: int = 2) -> dict:
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "total_seconds": round(sum(seconds.values()), 1),
         "text_following": following,
+        "evaluation": evaluation,
         "gate": {
             "exact": exact,
             "chance": chance,
@@ -121,6 +133,7 @@ def quickstart(out: Path = Path("runs/quickstart"), *, ranks: int = 2) -> dict:
     print(f"\nexact text-following, held-out wordings     {exact:.1%}  (chance {chance:.1%})")
     print(f"exact text-following, held-out combinations {combination:.1%}")
     print(f"gate ({GATE_EXACT:.0%} and {GATE_OVER_CHANCE:.0f} x chance): {'passed' if passed else 'MISSED'}")
+    print(f"rows beside real data and reconstruction: {out / 'evaluation.md'}")
     print(f"pictures: {out / 'motions.html'}, {out / 'motions.png'}")
     if not passed:
         raise ScaMoError(f"the gate was missed: exact {exact:.1%}, needed {report['gate']['needed']:.1%}")

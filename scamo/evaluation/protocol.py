@@ -457,15 +457,19 @@ class _Evaluation:
         tokenizer = self.model.tokenizer
         return decode_tokens(tokenizer, encode_motions(tokenizer, real))
 
-    def _generate(self, draw: Draw, repeat: int, generation: int = 0) -> Motions:
-        """A motion per row of the draw, on rank 0; every rank makes its part."""
+    def _generate(self, draw: Draw, repeat: int, generations: range = range(1)) -> Motions:
+        """Motions for every row of the draw, row after row, on rank 0; every rank makes its part."""
         if self.model is None:
             return []
-        texts = draw.texts(self.data)
         # A seed of its own for every caption: equal sentences of two items must not give equal motions.
-        base = (self.settings.seed * 100_003 + repeat) * 1_009 + generation
-        seeds = [base * 2**32 + int(caption) for caption in draw.captions]
-        work = self.ranks.share(list(zip(texts, seeds, strict=True)))
+        base = (self.settings.seed * 100_003 + repeat) * 1_009
+        work = self.ranks.share(
+            [
+                (text, (base + generation) * 2**32 + int(caption))
+                for text, caption in zip(draw.texts(self.data), draw.captions, strict=True)
+                for generation in generations
+            ]
+        )
         motions = self.model.generate(
             [text for text, _ in work],
             seed=[seed for _, seed in work],
@@ -498,8 +502,9 @@ class _Evaluation:
                 f"over {len(few.items)} texts, as there are no {settings.mm_texts}"
             )
         # Generation 0 is the row's own motion of the main table.
-        many = [self._generate(few, repeat, 1 + g) for g in range(settings.mm_generations)]
-        return [list(motions) for motions in zip(*many, strict=True)]
+        count = settings.mm_generations
+        motions = self._generate(few, repeat, range(1, 1 + count))
+        return [motions[start : start + count] for start in range(0, len(motions), count)]
 
     def _physics(self, name: str, motions: Motions, true: Motions | None) -> None:
         """How physical every motion is and, for a reconstruction, its errors; once (the first repeat)."""

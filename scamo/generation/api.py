@@ -153,9 +153,13 @@ class ScaMo:
             part = texts[start : start + batch_size]
             keys = prompt_keys(seeds[start : start + batch_size], part)
             # One text at a time: padding would change its states by a rounding, and so perhaps its motion.
-            states = [
-                torch.from_numpy(state).float() for state in self.text_encoder.encode(part, batch_size=1)
-            ]
+            different = list(dict.fromkeys(part))
+            encoded = self.text_encoder.encode(different, batch_size=1)
+            state_of = {
+                sentence: torch.from_numpy(state).float()
+                for sentence, state in zip(different, encoded, strict=True)
+            }
+            states = [state_of[sentence] for sentence in part]
             tokens += generate_tokens(self.model, states, keys, sampling, max_tokens=limit)
         motions = [
             Motion.from_features(

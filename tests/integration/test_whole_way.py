@@ -125,3 +125,33 @@ def test_text_following_command(way, tmp_path, monkeypatch):
     assert f"{report['exact']:.1%}" in summary(report)
     assert report["ceilings"]["corpus"]["all"] == report["ceilings"]["features"]["all"] == 1.0
     assert report["ceilings"]["tokenizer"]["all"] < 1.0  # twenty steps do not make a tokenizer
+
+
+def test_evaluator_rows_and_comparison_by_the_commands(way, tmp_path, capsys):
+    evaluator, run, dataset = tmp_path / "evaluator", str(way / "run"), str(way / "dataset")
+    narrow = str(ROOT / "configs/evaluator_narrow.toml")
+    command = ["evaluator", "train", dataset, "-o", str(evaluator), "--config", narrow]
+    sets = ("steps=4", "batch_size=16", "validate_every=4")
+    assert cli.main(command + overrides("training", sets)) == 0
+    assert cli.main(["evaluator", "evaluate", str(evaluator), dataset, "--split", "train"]) == 0
+    assert "| real | 0.000 |" in capsys.readouterr().out
+
+    command = ["evaluate", run, "--evaluator", str(evaluator), "--split", "train", "--mm-texts", "0"]
+    assert cli.main([*command, "--repeats", "2"]) == 0
+    table = capsys.readouterr().out
+    written = Path(run) / "evaluation/humanml3d-train-dataset.md"
+    assert written.read_text().strip() in table
+    lines = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    assert lines == ["", "real", "reconstruction", "generated"] * 2
+    assert cli.main(["evaluate", run, "--evaluator", str(evaluator)]) == 2
+    assert "3 items in the test split, a pool needs 32" in capsys.readouterr().err
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a person walks\na person jumps <b>\n")
+    out = tmp_path / "compared"
+    command = ["compare", run, run, "-o", str(out), "--prompts", str(prompts), "--names", "one", "two"]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert str(out / "index.html") in printed
+    assert (out / "table.md").read_text().strip() in printed
+    assert "a person jumps &lt;b&gt;" in (out / "index.html").read_text()
