@@ -53,8 +53,8 @@ def draw_humanml3d(
     """One repeat of Guo et al.'s protocol, a function of `key`: whole pools of shuffled items.
 
     Per item a random caption, the length floored to 4 frames, with probability 1/3 four less, and a random
-    place. Items that do not fill a last pool are left out. `items` are those of the files' own rules (at
-    least 40 and fewer than 200 frames, parts by their time tags), which `scamo prepare humanml3d` applies.
+    place. Items that do not fill a last pool are left out. Which items there are (parts by their time tags)
+    is what `scamo prepare humanml3d` wrote.
     """
     rng = np.random.default_rng(key)
     chosen = rng.permutation(items)[: len(items) // pool * pool]

@@ -27,7 +27,7 @@ from scamo.data.dataset import SPLITS, MotionDataset
 from scamo.errors import ScaMoError
 from scamo.evaluation import metrics
 from scamo.evaluation.evaluator import Evaluator, check_statistics, load_evaluator
-from scamo.evaluation.items import Draw, draw_humanml3d, draw_strict, source_clips, strict_turns
+from scamo.evaluation.items import UNIT, Draw, draw_humanml3d, draw_strict, source_clips, strict_turns
 from scamo.evaluation.ranks import Ranks
 from scamo.evaluation.report import FORMAT, summary, write_report
 from scamo.generation.api import ScaMo
@@ -37,6 +37,8 @@ from scamo.tokenizers.encode import decode_tokens, encode_motions
 
 PROTOCOLS = ("humanml3d", "strict")
 TOP_K = 3
+# Frames of an item in Guo et al.'s protocol, [shortest, longest): of HumanML3D and of KIT-ML.
+FRAMES = {FEATURE_DIM: (40, 200), 251: (24, 200)}
 Motions = list[NDArray[np.float32]]
 
 
@@ -252,6 +254,28 @@ class _Ledger:
         return len(self._met())
 
 
+def _items(data: MotionDataset, judge: Evaluator, settings: Settings) -> tuple[NDArray[np.int64], int]:
+    """The items that are compared, and how many the humanml3d protocol's filter of lengths left out.
+
+    Raises ScaMoError naming an item that is shorter than the evaluator (or a step of the protocols) needs.
+    """
+    items = data.items(settings.split)
+    frames = data.item_lengths[items]
+    kept = np.ones(len(items), dtype=bool)
+    if settings.protocol == "humanml3d":
+        shortest, longest = FRAMES.get(data.feature_dim, FRAMES[FEATURE_DIM])
+        kept = (frames >= shortest) & (frames < longest)
+    least = max(judge.min_frames, UNIT)
+    short = items[kept & (frames < least)]
+    if len(short):
+        raise ScaMoError(
+            f"{data.folder}: item {data.item_name(int(short[0]))} has {data.item_lengths[short[0]]} frames, "
+            f"evaluator {judge.name} needs {least}; {len(short) - 1} more of the {settings.split} split have "
+            "too few"
+        )
+    return items[kept], int((~kept).sum())
+
+
 class _Evaluation:
     def __init__(
         self,
@@ -267,13 +291,16 @@ class _Evaluation:
         self.left_out: dict[str, str] = {}
         self.caveats: dict[str, str] = {}
         self.made = self.at_limit = self.too_short = 0
-        lengths, all_items = data.item_lengths, data.items(settings.split)
-        self.items = all_items[lengths[all_items] >= max(judge.min_frames, 4)]
-        self.short_items = len(all_items) - len(self.items)
+        self.items, self.filtered = _items(data, judge, settings)
         if len(self.items) < settings.pool:
             raise ScaMoError(
-                f"{data.folder}: {len(self.items)} items in the {settings.split} split, a pool needs "
-                f"{settings.pool}"
+                f"{data.folder}: {len(self.items)} items in the {settings.split} split"
+                + (
+                    f" ({self.filtered} more are too short or too long for the protocol)"
+                    if self.filtered
+                    else ""
+                )
+                + f", a pool needs {settings.pool}"
             )
         self.clips = source_clips(data, self.items)
         self.row_clips = self.clips  # source clips of the rows whose values are kept one by one
@@ -305,7 +332,7 @@ class _Evaluation:
                 "manifest_sha256": self.data.manifest_sha256,
                 "items": len(self.items),
                 "items_used": used,
-                "items_too_short": self.short_items,
+                "items_filtered": self.filtered,
                 "source_clips": int(self.clips.max()) + 1,
                 "frames": int((first.ends - first.starts).sum()),
             },

@@ -81,6 +81,8 @@ def summary(report: dict[str, Any]) -> str:
         )
     for what, entries in (("left out", report["left_out"]), ("mind", report["caveats"])):
         lines += [f"- {name}, {what}: {why}." for name, why in entries.items()]
+    if data["items_filtered"]:
+        lines.append(f"- {data['items_filtered']:,d} items are too short or too long for the protocol.")
     met = report.get("test_split_met", 0)
     if met > 1:
         lines.append(f"- This run has met this test split {met} times.")

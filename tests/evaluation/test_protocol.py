@@ -88,7 +88,7 @@ def test_every_row_of_the_humanml3d_protocol_is_recomputed(humanml3d, run, evalu
         load_evaluator(evaluator),
         ScaMo.load(run, device="cpu"),
     )
-    items = dataset.items("test")
+    items = np.array([i for i in dataset.items("test") if 40 <= len(dataset.item_features(i)) < 200])
     expected = {name: [] for name in ("real", "reconstruction", "generated")}
     for repeat in range(2):
         draw = draw_humanml3d(dataset, items, (0, repeat, 0))
@@ -197,6 +197,8 @@ def test_counts_and_settings_are_reported(humanml3d, strict):
     assert humanml3d["generated"]["motions"] == 2 * (64 + 3 * 4)
     assert strict["generated"]["motions"] == 3 * 80 + 3 * 4
     assert humanml3d["dataset"]["items_used"] == 64
+    assert (humanml3d["dataset"]["items"], humanml3d["dataset"]["items_filtered"]) == (74, 6)
+    assert strict["dataset"]["items_filtered"] == 0
     assert strict["dataset"]["items_used"] == 80
     assert humanml3d["chance"] == {f"r_precision_{k}": k / 32 for k in (1, 2, 3)}
     assert humanml3d["settings"]["temperature"] == 0.9
@@ -311,11 +313,14 @@ def test_bad_input_prints_no_number(make_run, evaluator, corpus, text_encoder, t
     run = make_run(2)
     source = MotionDataset.open(corpus)
 
-    def write(name, change=lambda raw: raw, test_clips=40, **options):
+    long = [i for i in range(source.n_clips) if len(source.clip_features(i)) >= 40]
+
+    def write(name, change=lambda raw: raw, test_clips=40, cut=(), **options):
         with DatasetWriter(tmp_path / name, **options) as writer:
-            for clip in range(40 + test_clips):
-                split = "train" if clip < 40 else "test"
-                writer.add_clip(str(clip), change(source.clip_features(clip)), split, [Caption("walks")])
+            for number, clip in enumerate(long[: 40 + test_clips]):
+                features = change(source.clip_features(clip))[: 3 if number in cut else None]
+                split = "train" if number < 40 else "test"
+                writer.add_clip(str(number), features, split, [Caption("walks")])
         return tmp_path / name
 
     def fails(match, **options):
@@ -325,6 +330,10 @@ def test_bad_input_prints_no_number(make_run, evaluator, corpus, text_encoder, t
     fails("nowhere: no such run", run=tmp_path / "nowhere")
     fails(r"nothing/config\.json: no such file", evaluator=tmp_path / "nothing")
     fails("31 items in the test split, a pool needs 32", dataset=write("few", test_clips=31))
+    short = write("short", test_clips=33, cut=(45, 50))
+    fails("31 items in the test split .2 more are too short or too long for the protocol", dataset=short)
+    message = "item 45 has 3 frames, evaluator evaluator needs 4; 1 more of the test split have too few"
+    fails(message, dataset=short, settings=STRICT)
     fails("other statistics", dataset=write("normalised", lambda raw: (raw - source.mean) / source.std))
     fails("trained on 263 features", dataset=write("kit", lambda raw: raw[:, :251], feature_dim=251))
     fails("trained at 20 fps", dataset=write("slow", fps=12.5))
