@@ -68,6 +68,8 @@ def summary(report: dict[str, Any]) -> str:
         *table(report, MOTION),
         "",
     ]
+    if report["protocol"] == "humanml3d":
+        lines.append("- Measures of motion: the first repeat, 95% bootstrap over source clips.")
     chance = ", ".join(f"{value:.3f}" for value in report["chance"].values())
     lines.append(f"- Chance of R@1, 2, 3 in pools of {settings['pool']}: {chance}.")
     made = report["generated"]
