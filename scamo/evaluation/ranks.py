@@ -12,10 +12,14 @@ from scamo.errors import ScaMoError
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank of size processes. Every process takes each size-th piece of work; rank 0 measures and writes."""
+    """rank of size processes. Every process takes each size-th piece of work; rank 0 measures and writes.
+
+    made: whether `join` made the process group, so that `leave` takes it down.
+    """
 
     rank: int = 0
     size: int = 1
+    made: bool = False
 
     @classmethod
     def join(cls) -> Ranks:
@@ -31,10 +35,11 @@ class Ranks:
             return cls()
         import torch.distributed
 
-        if not torch.distributed.is_initialized():
-            # Only pickled results travel, once a repeat: gloo does on any machine.
-            torch.distributed.init_process_group("gloo")
-        return cls(rank, size)
+        if torch.distributed.is_initialized():
+            return cls(rank, size)
+        # Only pickled results travel, once a repeat: gloo does on any machine.
+        torch.distributed.init_process_group("gloo")
+        return cls(rank, size, made=True)
 
     @property
     def main(self) -> bool:
@@ -69,7 +74,7 @@ class Ranks:
 
     def leave(self) -> None:
         """Take down the group that `join` made."""
-        if self.size > 1:
+        if self.made:
             import torch.distributed
 
             torch.distributed.destroy_process_group()
