@@ -319,9 +319,7 @@ class _Evaluation:
         first = draw_strict(self.data, self.items, 0)
         used = len(self.items) // self.settings.pool * self.settings.pool if humanml3d else len(self.items)
         interval = (
-            f"mean over {steps} repeats ± 1.96 σ/√{steps}"
-            if humanml3d
-            else "95% bootstrap over source clips"
+            f"mean over {steps} repeats ± 1.96 σ/√{steps}" if humanml3d else "95% bootstrap over source clips"
         )
         return {
             "format": FORMAT,
