@@ -202,3 +202,68 @@ def test_attention_on_the_cpu(measure, impl, case, dtype, backward):
 @pytest.mark.parametrize("impl", ["triton", "torch", "flash", "sdpa-per-sample", "sdpa-padded", "flex"])
 def test_attention_on_a_gpu(measure, impl, case, backward):
     _measure(measure, case, torch.bfloat16, "cuda", impl, backward)
+
+
+class RotaryProblem:
+    """A packed projection and a rotary table: name -> forward() -> packed output."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: str) -> None:
+        packed = Problem(case, dtype, device)
+        self.rest = packed.cu_seqlens, packed.prefixes
+        self.longest, self.cotangent = packed.longest, packed.cotangent
+        self.qkv = torch.stack([x.detach() for x in packed.inputs], 1).requires_grad_()
+        frequency = 1e4 ** (-torch.arange(0, case.head_dim, 2) / case.head_dim)
+        angle = torch.arange(self.longest)[:, None] * frequency
+        self.rope = torch.stack((angle.cos(), angle.sin()), -1).to(device)
+        position = torch.cat([torch.arange(n) for n in case.lengths]).to(device)
+        self.turn = torch.view_as_complex(self.rope)[position, None, None]
+
+    def fused(self, impl: str) -> Tensor:
+        return scamo_kernels.rotary_prefix_attention(
+            self.qkv, self.rope, *self.rest, max_seqlen=self.longest, impl=impl
+        )
+
+    def apart(self, impl: str) -> Tensor:
+        """Complex products in float32, then the attention; the angles of all rows are made in advance."""
+        pairs = torch.view_as_complex(self.qkv[:, :2].float().unflatten(-1, (-1, 2)))
+        q, k = torch.view_as_real(pairs * self.turn).flatten(-2).to(self.qkv.dtype).unbind(1)
+        return scamo_kernels.prefix_causal_attention(
+            q, k, self.qkv[:, 2], *self.rest, max_seqlen=self.longest, impl=impl
+        )
+
+
+def _measure_rotary(measure, case: Case, dtype: torch.dtype, device: str, way: str, backward: bool) -> None:
+    problem = RotaryProblem(case, dtype, device)
+    single = problem.qkv.detach().float().requires_grad_()
+    out = reference.rotary_prefix_attention(single, problem.rope, *problem.rest)
+    expected = [out.detach()]
+    if backward:
+        expected += torch.autograd.grad(out, single, problem.cotangent.float())
+    forward = problem.fused if way == "fused" else problem.apart
+
+    def function() -> list[Tensor]:
+        if not backward:
+            with torch.no_grad():
+                return [forward("auto")]
+        result = forward("auto")
+        return [result.detach(), *torch.autograd.grad(result, problem.qkv, problem.cotangent)]
+
+    moved = problem.cotangent.numel() * dtype.itemsize * (4 if not backward else 4 + 8)
+    phase = "forward+backward" if backward else "forward"
+    measure(f"rotary {case} {str(dtype)[6:]} {phase}", way, function, expected, dtype, moved)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CPU_CASES, ids=str)
+@pytest.mark.parametrize("way", ["fused", "apart"])
+def test_rotary_attention_on_the_cpu(measure, way, case, dtype, backward):
+    _measure_rotary(measure, case, dtype, "cpu", way, backward)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+@pytest.mark.parametrize("way", ["fused", "apart"])
+def test_rotary_attention_on_a_gpu(measure, way, case, backward):
+    _measure_rotary(measure, case, torch.bfloat16, "cuda", way, backward)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import scamo_kernels
 import torch
@@ -9,6 +11,17 @@ from scamo_kernels import reference
 
 LEVELS = [8, 8, 8, 5, 5, 5]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def settled(z: torch.Tensor, levels: list[int], stages: int) -> torch.Tensor:
+    """Which rows round the same way in any arithmetic at every residual stage."""
+    rest, steps = z.double(), torch.tensor(levels).double() - 1
+    clear = torch.ones(len(z), dtype=torch.bool)
+    for stage in range(stages):
+        bounded = reference.fsq_bound(rest * steps**stage, levels)
+        clear &= ((bounded - bounded.floor() - 0.5).abs() > 1e-5 * max(levels) ** stage).all(1)
+        rest = rest - reference.fsq_quantize(rest * steps**stage, levels)[0] / steps**stage
+    return clear
 
 
 def quantizer(impl: str):
@@ -55,6 +68,44 @@ def test_fsq_quantize(measure, impl, device, tokens):
     # Forward reads z and writes codes and indices; backward reads z and a gradient and writes one.
     moved = tokens * (5 * len(LEVELS) * 4 + 4)
     measure(f"fsq_quantize-N{tokens}-{device} forward+backward", impl, function, expected, z.dtype, moved)
+
+
+@pytest.mark.parametrize("form", ["grouped", "residual"])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", ["torch", "triton", "eager", "compiled"])
+def test_fsq_forms(measure, impl, device, form):
+    """Three groups, and three residual stages, of one list of levels."""
+    if device == "cpu" and impl in ("triton", "compiled"):
+        pytest.skip("on a CPU: the torch implementation and eager PyTorch")
+    tokens, count, levels = 8192, 3, [8, 6, 5]
+    width = len(levels) * (count if form == "grouped" else 1)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(tokens, width, generator=generator)
+    if form == "grouped":
+        bounded = reference.fsq_bound(z, levels * count)
+        z = torch.where((bounded - bounded.floor() - 0.5).abs() > 1e-4, z, 0.0)
+    else:
+        z = z[settled(z / 3, levels, count)] / 3
+    z = z.to(device).requires_grad_()
+    cotangent = torch.randn(z.shape, generator=generator).to(device)
+    specification = getattr(reference, f"fsq_quantize_{form}")
+    if impl == "eager":
+        quantize = specification
+    elif impl == "compiled":
+        torch._dynamo.reset()
+        quantize = torch.compile(specification)
+    else:
+        quantize = functools.partial(getattr(scamo_kernels, f"fsq_quantize_{form}"), impl=impl)
+
+    def call(function):
+        codes, indices = function(z, levels, count)
+        return codes.detach(), indices, *torch.autograd.grad(codes, z, cotangent)
+
+    moved = len(z) * (5 * width * 4 + 4 * count)
+    group = f"fsq_quantize_{form}-N{tokens}-x{count}-{device} forward+backward"
+    # The slope of a last stage sees the rounding of its residual (L - 1)^2 times.
+    limit = 1e-5 if form == "grouped" else 1e-3
+    measure(group, impl, lambda: call(quantize), call(specification), z.dtype, moved, limit=limit)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -76,6 +76,22 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
+    plan, *gathered = _gradients(grad, q, k, v, cu_seqlens, bounds, prefix, scale)
+    grad_q, grad_k, grad_v = (_scatter(x, plan, q) for x in gathered)
+    return grad_q, grad_k, grad_v
+
+
+def _gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    bounds: Tensor,
+    prefix: bool,
+    scale: float,
+) -> tuple[_Plan, Tensor, Tensor, Tensor]:
+    """The plan and, in its order and the dtype of the computation, the gradients of q, k and v."""
     plan = _plan(_bytes(cu_seqlens), _bytes(bounds), prefix, q.shape[1], q.device)
     rows = [_rows(x) for x in (q, k, v, grad)]
     grad_queries, grad_keys, grad_values = (_empty(x, plan) for x in (q, k, v))
@@ -89,11 +105,60 @@ def backward(
         slope.sub_((slope * weights).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
         torch.bmm(slope, b, out=_part(grad_queries, task))
         torch.bmm(slope.transpose(1, 2), a, out=_part(grad_keys, task))
-    return (
-        _scatter(grad_queries, plan, q),
-        _scatter(grad_keys, plan, k),
-        _scatter(grad_values, plan, v),
+    return plan, grad_queries, grad_keys, grad_values
+
+
+def rotary_forward(
+    qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, prefix_lengths: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output (tokens, heads, head_dim), and the turned q and k (2, tokens, heads, head_dim)."""
+    turn = _angles(rope, cu_seqlens, qkv.dtype)
+    turned = qkv.new_empty((2, qkv.shape[0], *qkv.shape[2:]))
+    if qkv.stride(3) != 1 or any(x % 2 for x in (*qkv.stride()[:3], qkv.storage_offset())):
+        qkv = qkv.contiguous()  # as view_as_complex needs it
+    for i in range(2):
+        _turn(qkv[:, i], turn, turned[i])
+    out = forward(turned[0], turned[1], qkv[:, 2], cu_seqlens, prefix_lengths, True, scale)
+    return out, turned
+
+
+def rotary_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    rope: Tensor,
+    turned: Tensor,
+    cu_seqlens: Tensor,
+    prefix_lengths: Tensor,
+    scale: float,
+) -> Tensor:
+    """The gradient of qkv, contiguous."""
+    plan, *gathered = _gradients(
+        grad, turned[0], turned[1], qkv[:, 2], cu_seqlens, prefix_lengths, True, scale
     )
+    back = _angles(rope, cu_seqlens, qkv.dtype).conj().resolve_conj()
+    grad_qkv = qkv.new_empty(qkv.shape)
+    for i in range(2):
+        # Turned back before they are rounded to qkv's dtype.
+        rows = gathered[i].index_select(0, plan.back).view(qkv.shape[0], *qkv.shape[2:])
+        _turn(rows, back, grad_qkv[:, i])
+    grad_qkv[:, 2] = _scatter(gathered[2], plan, qkv[:, 2])
+    return grad_qkv
+
+
+def _angles(rope: Tensor, cu_seqlens: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(i angle) of every packed row and pair: complex (tokens, 1, head_dim / 2)."""
+    rows = rope.index_select(0, _positions(_bytes(cu_seqlens), rope.device)).to(compute_dtype(dtype))
+    return torch.view_as_complex(rows)[:, None]
+
+
+def _turn(x: Tensor, turn: Tensor, out: Tensor) -> None:
+    """Turn the adjacent pairs of x (tokens, heads, head_dim) into `out`; x is lost if it is the wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    same = out.dtype == wide.dtype
+    pairs, into = (torch.view_as_complex(y.unflatten(-1, (-1, 2))) for y in (wide, out if same else wide))
+    torch.mul(pairs, turn, out=into)
+    if not same:
+        out.copy_(wide)
 
 
 def _weights(a: Tensor, b: Tensor, task: _Task, scale: float) -> Tensor:
@@ -167,6 +232,13 @@ def _checked(cu_seqlens: bytes, bounds: bytes, prefix: bool, tokens: int) -> int
 
 def _shorten(values: list[int]) -> str:
     return str(values) if len(values) <= 8 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"
+
+
+@functools.lru_cache(maxsize=4)
+def _positions(cu_seqlens: bytes, device: torch.device) -> Tensor:
+    """The index of every packed row in its sample, int64."""
+    cu = np.frombuffer(cu_seqlens, np.int32).astype(np.int64)
+    return torch.from_numpy(np.arange(cu[-1]) - np.repeat(cu[:-1], np.diff(cu))).to(device)
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,8 +1,12 @@
 """Triton kernels of packed attention under a bound per row. Imported only when they run.
 
-Forward: one program per (query tile, head, sample). Backward: one launch in which some programs own a key
-tile (gradients of k and v) and the others a query tile (gradient of q), so that nothing is added atomically
-and the same inputs give the same bits. Key tiles are full (no mask), partial or empty (skipped).
+Forward: one program per (query tile, head, sample). Key tiles are full (no mask), partial or empty (skipped).
+Backward of short samples: one program per (head, sample) holds all keys and steps over the rows. Of longer
+ones: one launch in which some programs own a key tile (gradients of k and v) and the others a query tile
+(gradient of q). Nothing is added atomically: the same inputs give the same bits.
+
+With ROPE the kernels turn q and k themselves. Only the two-role backward does not: it would turn every tile
+once per visit, and spill at a head dim of 100; the forward keeps the turned q and k for it.
 """
 
 from __future__ import annotations
@@ -39,6 +43,18 @@ class BackwardConfig(NamedTuple):
     stages: int
 
 
+class SampleConfig(NamedTuple):
+    """One program per (head, sample): of at most `keys` rows, stepping over `queries` of them.
+
+    `turns`: it turns q and k itself; else the forward keeps them turned.
+    """
+
+    keys: int
+    queries: int
+    warps: int
+    turns: bool
+
+
 # Lengths up to which an entry of a table's row serves; the last one serves all others. Lengths choose a
 # config and are no constants of a kernel, so other lengths recompile nothing.
 LENGTHS = (64, 128, 1 << 30)
@@ -46,24 +62,43 @@ LENGTHS = (64, 128, 1 << 30)
 # (architecture, "half" or "single", padded head dim) -> a config per entry of LENGTHS. Chosen by what ptxas
 # reports: no spills, few registers, room for several blocks. tests/kernels/test_compile.py holds them to it.
 FORWARD: dict[tuple[int, str, int], tuple[ForwardConfig, ...]] = {}
-BACKWARD: dict[tuple[int, str, int], tuple[BackwardConfig, ...]] = {}
+BACKWARD: dict[tuple[int, str, int], tuple[BackwardConfig | SampleConfig, ...]] = {}
 for _dim in (16, 32, 64):
     for _arch in (80, 90):
         FORWARD[_arch, "half", _dim] = (*2 * (ForwardConfig(64, 64, 4, 2),), ForwardConfig(128, 64, 8, 2))
         FORWARD[_arch, "single", _dim] = 3 * (ForwardConfig(16 if _arch == 80 else 32, 32, 4, 1),)
         BACKWARD[_arch, "single", _dim] = 3 * (BackwardConfig(16, 32, 32, 16, 8, 1),)
-    BACKWARD[80, "half", _dim] = 3 * (BackwardConfig(32, 64, 64, 32, 4, 1),)
+    # A 128-row sample in one program spills or takes 251 registers on sm_80.
+    BACKWARD[80, "half", _dim] = (
+        SampleConfig(64, 32, 8, True),
+        *2 * (BackwardConfig(32, 64, 64, 32, 4, 1),),
+    )
     BACKWARD[90, "half", _dim] = (
-        BackwardConfig(64, 32, 64, 32, 4, 1),
-        *2 * (BackwardConfig(128, 32, 128, 32, 8, 1),),
+        SampleConfig(64, 64, 4, True),
+        SampleConfig(128, 128, 8, True),
+        BackwardConfig(128, 32, 128, 32, 8, 1),
     )
 for _arch in (80, 90):
     FORWARD[_arch, "half", 128] = 3 * (ForwardConfig(64, 64, 8, 2),)
-    BACKWARD[_arch, "half", 128] = 3 * (BackwardConfig(32, 64, 64, 32, 8, 1),)
     FORWARD[_arch, "single", 128] = 3 * (ForwardConfig(16, 32, 4, 1),)
     BACKWARD[_arch, "single", 128] = 3 * (BackwardConfig(16, 16, 16, 16, 4, 1),)
+BACKWARD[80, "half", 128] = (
+    SampleConfig(64, 64, 8, False),
+    *2 * (BackwardConfig(32, 64, 64, 32, 8, 1),),
+)
+BACKWARD[90, "half", 128] = (
+    SampleConfig(64, 64, 8, True),
+    SampleConfig(128, 16, 8, False),
+    BackwardConfig(32, 64, 64, 32, 8, 1),
+)
 
-# Small enough that short tests have full, partial and empty tiles.
+# The forward that turns q and k: smaller tiles where the table's would spill.
+ROTARY_FORWARD = dict(FORWARD)
+for _dim in (16, 32, 64):
+    ROTARY_FORWARD[80, "half", _dim] = (*2 * (ForwardConfig(64, 32, 4, 2),), ForwardConfig(128, 32, 8, 2))
+    ROTARY_FORWARD[90, "single", _dim] = 3 * (ForwardConfig(32, 32, 8, 1),)
+
+# Small enough that short tests have full, partial and empty tiles. Short samples run as on sm_90.
 INTERPRETER = ForwardConfig(64, 64, 4, 1), BackwardConfig(64, 64, 64, 64, 4, 1)
 
 
@@ -93,6 +128,41 @@ def _store(base, row, rows, tile, STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.
 
 
 @triton.jit
+def _angles(rope, row, rows, D: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr):
+    """Cosines and sines of the rows' positions, float32, each (len(row), BD / 2)."""
+    table = _load(rope, row, rows, D, D, BD, WHOLE)
+    return tl.split(tl.reshape(table, (table.shape[0], BD // 2, 2)))
+
+
+@triton.jit
+def _turn(tile, cos, sin, BD: tl.constexpr):
+    """Turn the adjacent pairs of a tile (rows, BD), in float32."""
+    a, b = tl.split(tl.reshape(tile.to(tl.float32), (tile.shape[0], BD // 2, 2)))
+    return tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (tile.shape[0], BD))
+
+
+@triton.jit
+def _store_turned(
+    base,
+    row,
+    rows,
+    tile,
+    scale,
+    rope,
+    STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    ROPE: tl.constexpr,
+):
+    """Store tile * scale, the gradient of turned rows as that of the rows themselves."""
+    tile *= scale
+    if ROPE:
+        cos, sin = _angles(rope, row, rows, D, BD, False)
+        tile = _turn(tile, cos, -sin, BD)
+    _store(base, row, rows, tile, STRIDE, D, BD)
+
+
+@triton.jit
 def _bound(bounds, row, rows, prefix, PREFIX: tl.constexpr):
     """How many keys each row sees; for the general mask `bounds` points at the sample's first row."""
     if PREFIX:
@@ -109,6 +179,7 @@ def _attend(
     total,
     k,
     v,
+    rope,
     first,
     last,
     rows,
@@ -120,11 +191,15 @@ def _attend(
     BD: tl.constexpr,
     BN: tl.constexpr,
     FULL: tl.constexpr,
+    ROPE: tl.constexpr,
 ):
     """Online softmax over the key tiles from `first` to `last`, in base 2."""
     for n0 in range(first, last, BN):
         key = n0 + tl.arange(0, BN)
         kt = _load(k, key, rows, STRIDE_K, D, BD, FULL)
+        if ROPE:
+            cos, sin = _angles(rope, key, rows, D, BD, FULL)
+            kt = _turn(kt, cos, sin, BD).to(q.dtype)
         s = tl.dot(q, tl.trans(kt), input_precision=_PRECISION) * qk_scale
         if not FULL:
             s = tl.where(key[None, :] < bound[:, None], s, -float("inf"))
@@ -150,8 +225,11 @@ def forward_kernel(
     v,
     cu_seqlens,
     bounds,
+    rope,
     out,
     lse,
+    turned_q,
+    turned_k,
     tokens,
     tiles,
     qk_scale,
@@ -164,6 +242,8 @@ def forward_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     PREFIX: tl.constexpr,
+    ROPE: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     program = tl.program_id(0)
     m0 = (program % tiles) * BM
@@ -188,51 +268,30 @@ def forward_kernel(
         full = least // BN * BN
         k_base = k + start * STRIDE_K + head * D
         v_base = v + start * STRIDE_V + head * D
+        own = (start * HEADS + head) * D
         qt = _load(q + start * STRIDE_Q + head * D, row, rows, STRIDE_Q, D, BD, False)
+        if ROPE:
+            cos, sin = _angles(rope, row, rows, D, BD, False)
+            if KEEP:
+                own_keys = _turn(_load(k_base, row, rows, STRIDE_K, D, BD, False), cos, sin, BD)
+                _store(turned_k + own, row, rows, own_keys, HEADS * D, D, BD)
+            qt = _turn(qt, cos, sin, BD).to(qt.dtype)
+            if KEEP:
+                _store(turned_q + own, row, rows, qt, HEADS * D, D, BD)
         acc = tl.zeros((BM, BD), tl.float32)
         peak = tl.full((BM,), -float("inf"), tl.float32)
         total = tl.zeros((BM,), tl.float32)
         acc, peak, total = _attend(
-            qt,
-            acc,
-            peak,
-            total,
-            k_base,
-            v_base,
-            0,
-            full,
-            rows,
-            bound,
-            qk_scale,
-            STRIDE_K,
-            STRIDE_V,
-            D,
-            BD,
-            BN,
-            True,
-        )
+            qt, acc, peak, total, k_base, v_base, rope, 0, full, rows, bound, qk_scale,
+            STRIDE_K, STRIDE_V, D, BD, BN, True, ROPE,
+        )  # fmt: skip
         acc, peak, total = _attend(
-            qt,
-            acc,
-            peak,
-            total,
-            k_base,
-            v_base,
-            full,
-            most,
-            rows,
-            bound,
-            qk_scale,
-            STRIDE_K,
-            STRIDE_V,
-            D,
-            BD,
-            BN,
-            False,
-        )
+            qt, acc, peak, total, k_base, v_base, rope, full, most, rows, bound, qk_scale,
+            STRIDE_K, STRIDE_V, D, BD, BN, False, ROPE,
+        )  # fmt: skip
         blind = total == 0.0
         acc = acc / tl.where(blind, 1.0, total)[:, None]
-        _store(out + (start * HEADS + head) * D, row, rows, acc, HEADS * D, D, BD)
+        _store(out + own, row, rows, acc, HEADS * D, D, BD)
         # +inf makes exp2(s - lse) zero in the backward, without a case of its own.
         log_sum = tl.where(blind, float("inf"), peak + tl.log2(tl.where(blind, 1.0, total)))
         tl.store(lse + head.to(tl.int64) * tokens + start + row, log_sum, mask=row < rows)
@@ -335,6 +394,7 @@ def backward_kernel(
     v,
     cu_seqlens,
     bounds,
+    rope,
     out,
     lse,
     grad,
@@ -349,6 +409,7 @@ def backward_kernel(
     STRIDE_Q: tl.constexpr,
     STRIDE_K: tl.constexpr,
     STRIDE_V: tl.constexpr,
+    STRIDE_G: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -357,6 +418,7 @@ def backward_kernel(
     Q_BM: tl.constexpr,
     Q_BN: tl.constexpr,
     PREFIX: tl.constexpr,
+    ROPE: tl.constexpr,
 ):
     STRIDE_O: tl.constexpr = HEADS * D
     program = tl.program_id(0)
@@ -376,6 +438,7 @@ def backward_kernel(
     k += start * STRIDE_K + head * D
     v += start * STRIDE_V + head * D
     own = (start * HEADS + head) * D
+    own_grad = start * STRIDE_G + head * D
     lse += head.to(tl.int64) * tokens + start
 
     if part < key_tiles:
@@ -404,8 +467,8 @@ def backward_kernel(
                 gk, gv, kt, vt, key, q, out + own, grad + own, lse, bounds, full, rows, rows,
                 prefix, qk_scale, STRIDE_Q, STRIDE_O, D, BD, KV_BM, PREFIX, True,
             )  # fmt: skip
-            _store(grad_k + own, key, rows, gk * scale, STRIDE_O, D, BD)
-            _store(grad_v + own, key, rows, gv, STRIDE_O, D, BD)
+            _store(grad_v + own_grad, key, rows, gv, STRIDE_G, D, BD)
+            _store_turned(grad_k + own_grad, key, rows, gk, scale, rope, STRIDE_G, D, BD, ROPE)
     else:
         m0 = (part - key_tiles) * Q_BM
         if m0 < rows:
@@ -433,7 +496,154 @@ def backward_kernel(
                 gq, qt, gt, delta, log_sum, bound, k, v, full, most, rows, qk_scale,
                 STRIDE_K, STRIDE_V, D, BD, Q_BN, False,
             )  # fmt: skip
-            _store(grad_q + own, row, rows, gq * scale, STRIDE_O, D, BD)
+            _store_turned(grad_q + own_grad, row, rows, gq, scale, rope, STRIDE_G, D, BD, ROPE)
+
+
+@triton.jit
+def _weights(
+    kt,
+    qt,
+    key,
+    row,
+    out,
+    grad,
+    lse,
+    bounds,
+    rows,
+    prefix,
+    qk_scale,
+    STRIDE_O: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    PREFIX: tl.constexpr,
+):
+    """The rows' output gradient, its product with the output, and the softmax (keys, rows)."""
+    gt = _load(grad, row, rows, STRIDE_O, D, BD, False)
+    ot = _load(out, row, rows, STRIDE_O, D, BD, False)
+    delta = tl.sum(gt.to(tl.float32) * ot.to(tl.float32), 1)
+    log_sum = tl.load(lse + row, mask=row < rows, other=float("inf"))
+    bound = _bound(bounds, row, rows, prefix, PREFIX)
+    s = tl.dot(kt, tl.trans(qt), input_precision=_PRECISION) * qk_scale
+    return gt, delta, tl.where(key[:, None] < bound[None, :], tl.exp2(s - log_sum[None, :]), 0.0)
+
+
+@triton.jit(do_not_specialize=["tokens", "qk_scale", "scale"])
+def sample_backward_kernel(
+    q,
+    k,
+    v,
+    cu_seqlens,
+    bounds,
+    rope,
+    out,
+    lse,
+    grad,
+    grad_q,
+    grad_k,
+    grad_v,
+    tokens,
+    qk_scale,
+    scale,
+    STRIDE_Q: tl.constexpr,
+    STRIDE_K: tl.constexpr,
+    STRIDE_V: tl.constexpr,
+    STRIDE_G: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    PREFIX: tl.constexpr,
+    ROPE: tl.constexpr,
+    TURN: tl.constexpr,
+):
+    """All of one (sample, head) with at most BN rows: every tensor is read once."""
+    STRIDE_O: tl.constexpr = HEADS * D
+    program = tl.program_id(0)
+    head = program % HEADS
+    sample = program // HEADS
+    start = tl.load(cu_seqlens + sample)
+    rows = tl.load(cu_seqlens + sample + 1) - start
+    start = start.to(tl.int64)
+    prefix = 0
+    if PREFIX:
+        prefix = tl.minimum(tl.load(bounds + sample), rows)
+    else:
+        bounds += start
+    q += start * STRIDE_Q + head * D
+    own = (start * HEADS + head) * D
+    own_grad = start * STRIDE_G + head * D
+    lse += head.to(tl.int64) * tokens + start
+    key = tl.arange(0, BN)
+    kt = _load(k + start * STRIDE_K + head * D, key, rows, STRIDE_K, D, BD, False)
+    if TURN:
+        cos, sin = _angles(rope, key, rows, D, BD, False)
+        kt = _turn(kt, cos, sin, BD).to(kt.dtype)
+    vt = _load(v + start * STRIDE_V + head * D, key, rows, STRIDE_V, D, BD, False)
+    if BM == BN:
+        # Without a loop each gradient is stored before the next is begun: far fewer registers.
+        qt = _load(q, key, rows, STRIDE_Q, D, BD, False)
+        if TURN:
+            qt = _turn(qt, cos, sin, BD).to(qt.dtype)
+        gt, delta, p = _weights(
+            kt,
+            qt,
+            key,
+            key,
+            out + own,
+            grad + own,
+            lse,
+            bounds,
+            rows,
+            prefix,
+            qk_scale,
+            STRIDE_O,
+            D,
+            BD,
+            PREFIX,
+        )
+        gv = tl.dot(p.to(gt.dtype), gt, input_precision=_PRECISION)
+        _store(grad_v + own_grad, key, rows, gv, STRIDE_G, D, BD)
+        slope = p * (tl.dot(vt, tl.trans(gt), input_precision=_PRECISION) - delta[None, :])
+        slope = slope.to(qt.dtype)
+        gq = tl.dot(tl.trans(slope), kt, input_precision=_PRECISION)
+        _store_turned(grad_q + own_grad, key, rows, gq, scale, rope, STRIDE_G, D, BD, ROPE)
+        gk = tl.dot(slope, qt, input_precision=_PRECISION)
+        _store_turned(grad_k + own_grad, key, rows, gk, scale, rope, STRIDE_G, D, BD, ROPE)
+    else:
+        gk = tl.zeros((BN, BD), tl.float32)
+        gv = tl.zeros((BN, BD), tl.float32)
+        for m0 in range(0, rows, BM):
+            row = m0 + tl.arange(0, BM)
+            qt = _load(q, row, rows, STRIDE_Q, D, BD, False)
+            if TURN:
+                row_cos, row_sin = _angles(rope, row, rows, D, BD, False)
+                qt = _turn(qt, row_cos, row_sin, BD).to(qt.dtype)
+            gt, delta, p = _weights(
+                kt,
+                qt,
+                key,
+                row,
+                out + own,
+                grad + own,
+                lse,
+                bounds,
+                rows,
+                prefix,
+                qk_scale,
+                STRIDE_O,
+                D,
+                BD,
+                PREFIX,
+            )
+            gv = tl.dot(p.to(gt.dtype), gt, gv, input_precision=_PRECISION)
+            slope = p * (tl.dot(vt, tl.trans(gt), input_precision=_PRECISION) - delta[None, :])
+            slope = slope.to(qt.dtype)
+            gk = tl.dot(slope, qt, gk, input_precision=_PRECISION)
+            gq = tl.dot(tl.trans(slope), kt, input_precision=_PRECISION)
+            _store_turned(grad_q + own_grad, row, rows, gq, scale, rope, STRIDE_G, D, BD, ROPE)
+        _store(grad_v + own_grad, key, rows, gv, STRIDE_G, D, BD)
+        _store_turned(grad_k + own_grad, key, rows, gk, scale, rope, STRIDE_G, D, BD, ROPE)
 
 
 @functools.lru_cache(maxsize=32)
@@ -447,14 +657,25 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def configs(q: Tensor, max_seqlen: int) -> tuple[ForwardConfig, BackwardConfig]:
-    """The table's configs for these tensors."""
-    if interpreted():
-        return INTERPRETER
-    kind = "single" if q.dtype == torch.float32 else "half"
-    key = _architecture(q.device), kind, padded_head_dim(q.shape[2])
+def configs(
+    q: Tensor, max_seqlen: int, rotary: bool = False
+) -> tuple[ForwardConfig, BackwardConfig | SampleConfig]:
+    """The table's configs for tensors of q's device, dtype and head_dim (the last axis)."""
     bucket = next(i for i, length in enumerate(LENGTHS) if max_seqlen <= length)
-    return FORWARD[key][bucket], BACKWARD[key][bucket]
+    head_dim = padded_head_dim(q.shape[-1])
+    if interpreted():
+        forward, backward = INTERPRETER
+        short = BACKWARD[90, "half", head_dim][bucket]
+        return forward, short if isinstance(short, SampleConfig) else backward
+    kind = "single" if q.dtype == torch.float32 else "half"
+    key = _architecture(q.device), kind, head_dim
+    return (ROTARY_FORWARD if rotary else FORWARD)[key][bucket], BACKWARD[key][bucket]
+
+
+def keeps_turned(q: Tensor, max_seqlen: int) -> bool:
+    """Whether the forward keeps the turned q and k, because the backward does not turn them itself."""
+    _, config = configs(q, max_seqlen)
+    return not (isinstance(config, SampleConfig) and config.turns)
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -486,15 +707,25 @@ def forward(
     prefix: bool,
     max_seqlen: int,
     scale: float,
+    rope: Tensor | None = None,
+    turned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output like q, and the base-2 log-sum-exp of the scaled scores, float32 (heads, tokens)."""
+    """The output like q, and the base-2 log-sum-exp of the scaled scores, float32 (heads, tokens).
+
+    rope: float32 (length, head_dim / 2, 2), turns q and k first. turned: (2, tokens, heads, head_dim), filled
+    with them.
+    """
     tokens, heads, _ = q.shape
     q, k, v = _packed(q), _packed(k), _packed(v)
-    out = q.new_empty(q.shape)
+    # Rows inside a sample are addressed by 32 bits.
+    if max_seqlen * max(x.stride(0) for x in (q, k, v)) >= 2**31:
+        raise ValueError(f"max_seqlen = {max_seqlen}: a sample of {2**31} or more elements")
+    out = q.new_empty((tokens, *q.shape[1:]))
     lse = q.new_empty((heads, tokens), dtype=torch.float32)
-    config, _ = configs(q, max_seqlen)
+    config, _ = configs(q, max_seqlen, rope is not None)
     tiles = triton.cdiv(max_seqlen, config.queries)
     programs = tiles * heads * (cu_seqlens.shape[0] - 1)
+    turned_q, turned_k = (None, None) if turned is None else turned.unbind()
     if programs and tokens:
         with on_device(q):
             forward_kernel[(programs,)](
@@ -503,14 +734,19 @@ def forward(
                 v,
                 cu_seqlens.contiguous(),
                 bounds.contiguous(),
+                rope,
                 out,
                 lse,
+                turned_q,
+                turned_k,
                 tokens,
                 tiles,
                 scale * math.log2(math.e),
                 **_geometry(q, k, v, prefix),
                 BM=config.queries,
                 BN=config.keys,
+                ROPE=rope is not None,
+                KEEP=turned is not None,
                 num_warps=config.warps,
                 num_stages=config.stages,
             )
@@ -529,38 +765,95 @@ def backward(
     prefix: bool,
     max_seqlen: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v."""
+    grads: tuple[Tensor, Tensor, Tensor],
+    rope: Tensor | None = None,
+) -> None:
+    """Fill `grads`, of q, k and v: three tensors with the same strides.
+
+    With rope they are the gradients before turning; q and k are turned unless the config turns them.
+    """
     tokens, heads, _ = q.shape
-    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
     q, k, v = _packed(q), _packed(k), _packed(v)
     _, config = configs(q, max_seqlen)
-    key_tiles = triton.cdiv(max_seqlen, config.kv_keys)
-    query_tiles = triton.cdiv(max_seqlen, config.q_queries)
-    programs = (key_tiles + query_tiles) * heads * (cu_seqlens.shape[0] - 1)
-    if programs and tokens:
-        with on_device(q):
-            backward_kernel[(programs,)](
-                q,
-                k,
-                v,
-                cu_seqlens.contiguous(),
-                bounds.contiguous(),
-                out.contiguous(),
-                lse,
-                grad.contiguous(),
-                *grads,
+    pairs = heads * (cu_seqlens.shape[0] - 1)
+    if not (pairs and tokens and max_seqlen):
+        return
+    lengths = cu_seqlens.contiguous(), bounds.contiguous()
+    tensors = (q, k, v, *lengths, rope, out.contiguous(), lse, grad.contiguous(), *grads)
+    common = {
+        **_geometry(q, k, v, prefix),
+        "STRIDE_G": grads[0].stride(0),
+        "ROPE": rope is not None,
+        "num_warps": config.warps,
+    }
+    scales = scale * math.log2(math.e), scale
+    with on_device(q):
+        if isinstance(config, SampleConfig):
+            sample_backward_kernel[(pairs,)](
+                *tensors,
                 tokens,
-                key_tiles,
-                query_tiles,
-                scale * math.log2(math.e),
-                scale,
-                **_geometry(q, k, v, prefix),
-                KV_BN=config.kv_keys,
-                KV_BM=config.kv_queries,
-                Q_BM=config.q_queries,
-                Q_BN=config.q_keys,
-                num_warps=config.warps,
-                num_stages=config.stages,
+                *scales,
+                **common,
+                BN=config.keys,
+                BM=config.queries,
+                TURN=rope is not None and config.turns,
+                num_stages=1,
             )
-    return grads[0], grads[1], grads[2]
+            return
+        key_tiles = triton.cdiv(max_seqlen, config.kv_keys)
+        query_tiles = triton.cdiv(max_seqlen, config.q_queries)
+        backward_kernel[((key_tiles + query_tiles) * pairs,)](
+            *tensors,
+            tokens,
+            key_tiles,
+            query_tiles,
+            *scales,
+            **common,
+            KV_BN=config.kv_keys,
+            KV_BM=config.kv_queries,
+            Q_BM=config.q_queries,
+            Q_BN=config.q_keys,
+            num_stages=config.stages,
+        )
+
+
+def rotary_forward(
+    qkv: Tensor,
+    rope: Tensor,
+    cu_seqlens: Tensor,
+    prefix_lengths: Tensor,
+    max_seqlen: int,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward` of a packed projection, and the turned q and k (empty without `keep`)."""
+    turned = qkv.new_empty((2, qkv.shape[0], *qkv.shape[2:]) if keep else (0,))
+    q, k, v = qkv.unbind(1)
+    kept = turned if keep else None
+    rope = rope.contiguous()
+    out, lse = forward(q, k, v, cu_seqlens, prefix_lengths, True, max_seqlen, scale, rope, kept)
+    return out, lse, turned
+
+
+def rotary_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    rope: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    turned: Tensor,
+    cu_seqlens: Tensor,
+    prefix_lengths: Tensor,
+    max_seqlen: int,
+    scale: float,
+) -> Tensor:
+    """The gradient of qkv, contiguous."""
+    grad_qkv = qkv.new_empty(qkv.shape)
+    q, k, v = qkv.unbind(1)
+    if turned.numel():
+        q, k = turned.unbind()
+    grad_q, grad_k, grad_v = grad_qkv.unbind(1)
+    grads = grad_q, grad_k, grad_v
+    rope = rope.contiguous()
+    backward(grad, q, k, v, out, lse, cu_seqlens, prefix_lengths, True, max_seqlen, scale, grads, rope)
+    return grad_qkv

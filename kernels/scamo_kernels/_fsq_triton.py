@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +12,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from scamo_kernels._dispatch import interpreted, on_device
-from scamo_kernels.reference import fsq_constants
+from scamo_kernels.reference import fsq_constants, fsq_scale
 
 BLOCK = 256
 WARPS = 4
@@ -36,6 +39,37 @@ def _per_channel(channel, VALUES: tl.constexpr, D: tl.constexpr):
     return result
 
 
+@triton.jit
+def quantise_channels(
+    x,
+    channel,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """(codes, digits from -(L // 2) on, tanh) of x; `channel` broadcasts to x; padding has D or more."""
+    t = _tanh(x * SCALE + _per_channel(channel, SHIFT, D), NATIVE)
+    bound = t * _per_channel(channel, HALF, D) - _per_channel(channel, OFFSET, D)
+    q = (bound + _ROUND) - _ROUND
+    width = tl.where(channel < D, _per_channel(channel, WIDTH, D), 1.0)
+    # Divide as IEEE says: a code must equal the dequantised one to the bit.
+    return tl.div_rn(q, width + tl.zeros_like(q)), q, t
+
+
+@triton.jit
+def index_of(q, channel, D: tl.constexpr, WIDTH: tl.constexpr, BASIS: tl.constexpr):
+    """The int32 index (rows,) of digits q (rows, channels); whole numbers only, so exact to 2^31 - 1."""
+    basis = tl.zeros_like(channel)
+    for i in tl.static_range(D):
+        basis = tl.where(channel == i, BASIS[i], basis)
+    digit = (q + _per_channel(channel, WIDTH, D)).to(tl.int32)
+    return tl.sum(tl.where(channel < D, digit * basis, 0), 1)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def quantize_kernel(
     z,
@@ -49,6 +83,9 @@ def quantize_kernel(
     SHIFT: tl.constexpr,
     WIDTH: tl.constexpr,
     BASIS: tl.constexpr,
+    STEP: tl.constexpr,
+    SCALE: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
@@ -56,20 +93,21 @@ def quantize_kernel(
     channel = tl.arange(0, BD)[None, :]
     at = row[:, None] * D + channel
     mask = (row[:, None] < rows) & (channel < D)
-    x = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
-    half = _per_channel(channel, HALF, D)
-    shift = _per_channel(channel, SHIFT, D)
-    bound = _tanh(x + shift, NATIVE) * half - _per_channel(channel, OFFSET, D)
-    q = (bound + _ROUND) - _ROUND
-    width = _per_channel(channel, WIDTH, D)
-    # Divide as IEEE says: a code must equal the dequantised one to the bit.
-    code = tl.div_rn(q, tl.where(channel < D, width, 1.0) + tl.zeros_like(q))
-    tl.store(codes + at, code.to(codes.dtype.element_ty), mask=mask)
-    basis = tl.zeros_like(channel)
-    for i in tl.static_range(D):
-        basis = tl.where(channel == i, BASIS[i], basis)
-    digit = tl.where(channel < D, (q + width).to(tl.int32) * basis, 0)
-    tl.store(indices + row, tl.sum(digit, 1), mask=row < rows)
+    rest = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
+    total = tl.zeros_like(rest)
+    unit = tl.full((1, BD), 1.0, tl.float32)
+    for stage in tl.static_range(STAGES):
+        code, q, _ = quantise_channels(rest * unit, channel, D, HALF, OFFSET, SHIFT, WIDTH, SCALE, NATIVE)
+        tl.store(indices + row * STAGES + stage, index_of(q, channel, D, WIDTH, BASIS), mask=row < rows)
+        if STAGES == 1:
+            total = code
+        else:
+            # Divisions leave nothing to contract: sums here and in dequantize_kernel have the same bits.
+            part = tl.div_rn(code, unit + tl.zeros_like(code))
+            total += part
+            rest -= part
+            unit *= tl.where(channel < D, _per_channel(channel, STEP, D), 1.0)
+    tl.store(codes + at, total.to(codes.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -80,8 +118,14 @@ def quantize_backward_kernel(
     rows,
     D: tl.constexpr,
     BD: tl.constexpr,
-    SLOPE: tl.constexpr,
+    HALF: tl.constexpr,
+    OFFSET: tl.constexpr,
     SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOPE: tl.constexpr,
+    STEP: tl.constexpr,
+    SCALE: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
@@ -91,8 +135,18 @@ def quantize_backward_kernel(
     channel = (at % D).to(tl.int32)
     x = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-    t = _tanh(x + _per_channel(channel, SHIFT, D), NATIVE)
-    slope = (1.0 - t * t) * _per_channel(channel, SLOPE, D)
+    if STAGES == 1:
+        t = _tanh(x * SCALE + _per_channel(channel, SHIFT, D), NATIVE)
+        slope = 1.0 - t * t
+    else:
+        slope = tl.zeros_like(x)
+        unit = tl.full((BLOCK * BD,), 1.0, tl.float32)
+        for _ in tl.static_range(STAGES):
+            code, _q, t = quantise_channels(x * unit, channel, D, HALF, OFFSET, SHIFT, WIDTH, SCALE, NATIVE)
+            slope += 1.0 - t * t
+            x -= tl.div_rn(code, unit)
+            unit *= _per_channel(channel, STEP, D)
+    slope *= _per_channel(channel, SLOPE, D)
     tl.store(grad_z + at, (g * slope).to(grad_z.dtype.element_ty), mask=mask)
 
 
@@ -105,24 +159,30 @@ def dequantize_kernel(
     BD: tl.constexpr,
     LEVELS: tl.constexpr,
     BASIS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, BD)[None, :]
-    index = tl.load(indices + row, mask=row < rows, other=0).to(tl.int32)[:, None]
-    code = tl.zeros((BLOCK, BD), tl.float32)
-    for i in tl.static_range(D):
-        # Constant divisors become multiplications.
-        digit = (index // BASIS[i]) % LEVELS[i] - LEVELS[i] // 2
-        value = tl.div_rn(digit.to(tl.float32), tl.full((BLOCK, 1), LEVELS[i] // 2, tl.float32))
-        code = tl.where(channel == i, value, code)
+    total = tl.zeros((BLOCK, BD), tl.float32)
+    for stage in tl.static_range(STAGES):
+        index = tl.load(indices + row * STAGES + stage, mask=row < rows, other=0).to(tl.int32)[:, None]
+        code = tl.zeros((BLOCK, BD), tl.float32)
+        for i in tl.static_range(D):
+            # Constant divisors become multiplications.
+            digit = (index // BASIS[i]) % LEVELS[i] - LEVELS[i] // 2
+            value = tl.div_rn(digit.to(tl.float32), tl.full((BLOCK, 1), LEVELS[i] // 2, tl.float32))
+            if stage > 0:
+                value = tl.div_rn(value, tl.full((BLOCK, 1), (LEVELS[i] - 1) ** stage, tl.float32))
+            code = tl.where(channel == i, value, code)
+        total += code
     mask = (row[:, None] < rows) & (channel < D)
-    tl.store(codes + row[:, None] * D + channel, code.to(codes.dtype.element_ty), mask=mask)
+    tl.store(codes + row[:, None] * D + channel, total.to(codes.dtype.element_ty), mask=mask)
 
 
-def constants(levels: list[int]) -> dict[str, tuple]:
-    """The compile-time constants of every kernel, one entry per channel."""
-    half, offset, shift = zip(*(fsq_constants(level) for level in levels), strict=True)
+@functools.lru_cache(maxsize=64)
+def _constants(levels: tuple[int, ...], bound: str) -> dict[str, tuple]:
+    half, offset, shift = zip(*(fsq_constants(level, bound) for level in levels), strict=True)
     basis = [1]
     for level in levels[:-1]:
         basis.append(basis[-1] * level)
@@ -131,56 +191,71 @@ def constants(levels: list[int]) -> dict[str, tuple]:
         "OFFSET": offset,
         "SHIFT": shift,
         "WIDTH": tuple(float(level // 2) for level in levels),
-        "SLOPE": tuple(h / (level // 2) for h, level in zip(half, levels, strict=True)),
+        "SLOPE": tuple(fsq_scale(bound) * h / (level // 2) for h, level in zip(half, levels, strict=True)),
         "BASIS": tuple(basis),
+        "STEP": tuple(float(level - 1) for level in levels),
         "LEVELS": tuple(levels),
     }
 
 
-def _shape(levels: list[int]) -> dict[str, int]:
-    return {"D": len(levels), "BD": triton.next_power_of_2(len(levels)), "BLOCK": BLOCK, "num_warps": WARPS}
+def constants(levels: Sequence[int], bound: str = "tanh") -> dict[str, tuple]:
+    """The compile-time constants of every kernel, one entry per channel."""
+    return dict(_constants(tuple(levels), bound))
 
 
-def _pick(levels: list[int], *names: str) -> dict[str, tuple]:
-    table = constants(levels)
+def shape(levels: Sequence[int], stages: int = 1) -> dict[str, int]:
+    """The channels, those with padding, and the rows of a program: fewer where a row needs more registers."""
+    width = triton.next_power_of_2(len(levels))
+    rows = min(BLOCK, 8 * BLOCK // width) // (1 if stages == 1 else 4)
+    return {"D": len(levels), "BD": width, "BLOCK": rows}
+
+
+def pick(levels: Sequence[int], bound: str, *names: str) -> dict[str, tuple]:
+    """Some of `constants`."""
+    table = _constants(tuple(levels), bound)
     return {name: table[name] for name in names}
 
 
-def quantize(z: Tensor, levels: list[int]) -> tuple[Tensor, Tensor]:
+def quantize(z: Tensor, levels: list[int], bound: str, stages: int) -> tuple[Tensor, Tensor]:
     z = z.contiguous()
     codes = torch.empty_like(z)
-    indices = z.new_empty(z.shape[:-1], dtype=torch.int32)
-    rows = indices.numel()
+    indices = z.new_empty(z.shape[:-1] if stages == 1 else (*z.shape[:-1], stages), dtype=torch.int32)
+    rows = z.numel() // len(levels)
     if rows:
-        values = _pick(levels, "HALF", "OFFSET", "SHIFT", "WIDTH", "BASIS")
+        values = pick(levels, bound, "HALF", "OFFSET", "SHIFT", "WIDTH", "BASIS", "STEP")
+        flags = {"SCALE": fsq_scale(bound), "STAGES": stages, "NATIVE": not interpreted()}
+        tile = shape(levels, stages)
         with on_device(z):
-            quantize_kernel[(triton.cdiv(rows, BLOCK),)](
-                z, codes, indices, rows, NATIVE=not interpreted(), **values, **_shape(levels)
+            quantize_kernel[(triton.cdiv(rows, tile["BLOCK"]),)](
+                z, codes, indices, rows, num_warps=WARPS, **flags, **values, **tile
             )
     return codes, indices
 
 
-def quantize_backward(grad: Tensor, z: Tensor, levels: list[int]) -> Tensor:
+def quantize_backward(grad: Tensor, z: Tensor, levels: list[int], bound: str, stages: int) -> Tensor:
     z, grad = z.contiguous(), grad.contiguous()
     grad_z = torch.empty_like(z)
     rows = z.numel() // len(levels)
     if rows:
-        shape = _shape(levels)
-        grid = (triton.cdiv(z.numel(), BLOCK * shape["BD"]),)
+        tile = shape(levels, stages)
+        grid = (triton.cdiv(z.numel(), tile["BLOCK"] * tile["BD"]),)
+        values = pick(levels, bound, "HALF", "OFFSET", "SHIFT", "WIDTH", "SLOPE", "STEP")
+        flags = {"SCALE": fsq_scale(bound), "STAGES": stages, "NATIVE": not interpreted()}
         with on_device(z):
-            quantize_backward_kernel[grid](
-                grad, z, grad_z, rows, NATIVE=not interpreted(), **_pick(levels, "SLOPE", "SHIFT"), **shape
-            )
+            quantize_backward_kernel[grid](grad, z, grad_z, rows, num_warps=WARPS, **flags, **values, **tile)
     return grad_z
 
 
-def dequantize(indices: Tensor, levels: list[int], dtype: torch.dtype) -> Tensor:
+def dequantize(indices: Tensor, levels: list[int], dtype: torch.dtype, stages: int) -> Tensor:
     indices = indices.contiguous()
-    codes = indices.new_empty((*indices.shape, len(levels)), dtype=dtype)
-    rows = indices.numel()
+    leading = indices.shape if stages == 1 else indices.shape[:-1]
+    codes = indices.new_empty((*leading, len(levels)), dtype=dtype)
+    rows = indices.numel() // stages
     if rows:
+        tile = shape(levels, stages)
+        values = pick(levels, "tanh", "LEVELS", "BASIS")
         with on_device(indices):
-            dequantize_kernel[(triton.cdiv(rows, BLOCK),)](
-                indices, codes, rows, **_pick(levels, "LEVELS", "BASIS"), **_shape(levels)
+            dequantize_kernel[(triton.cdiv(rows, tile["BLOCK"]),)](
+                indices, codes, rows, num_warps=WARPS, STAGES=stages, **values, **tile
             )
     return codes

@@ -2,6 +2,7 @@
 
 Prefix-causal attention (ScaMo) has bound = P for the first P rows and i + 1 after them; block-causal
 attention (next-scale models) has bound = the end of the row's block. One kernel serves both.
+`rotary_prefix_attention` takes a transformer's packed projection as it is and turns q and k on the way.
 """
 
 from __future__ import annotations
@@ -70,12 +71,57 @@ def bounded_attention(
     return _attention(q, k, v, cu_seqlens, bounds, False, max_seqlen, scale, impl)
 
 
+def rotary_prefix_attention(
+    qkv: Tensor,
+    rope: Tensor,
+    cu_seqlens: Tensor,
+    prefix_lengths: Tensor,
+    *,
+    max_seqlen: int,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """`prefix_causal_attention` of a packed projection whose q and k are turned by rotary positions first.
+
+    qkv: (tokens, 3, heads, head_dim), a view of the projection's output; read by strides and not copied where
+    the heads of a token stand side by side. rope: float32 (length, head_dim / 2, 2), the cosine and sine of
+    each position and adjacent pair (x[2j], x[2j + 1]), length >= max_seqlen; a row's position is its index in
+    its sample. q and k are turned in float32. Only qkv gets a gradient: one contiguous (tokens, 3, heads,
+    head_dim). Returns (tokens, heads, head_dim).
+
+    cu_seqlens, prefix_lengths, max_seqlen, scale, dtypes and errors: as `prefix_causal_attention`. impl:
+    "auto" | "triton" | "torch". Rotary positions: Su et al. 2021, eq. 34, pairs as in the released code.
+    """
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv: expected shape (tokens, 3, heads, head_dim), got {tuple(qkv.shape)}")
+    _check_dtype(qkv, "qkv")
+    samples = _check_samples(qkv, "qkv", cu_seqlens, max_seqlen)
+    _check_int32(prefix_lengths, "prefix_lengths", (samples,), "(samples,)", qkv.device, "qkv")
+    if rope.dtype != torch.float32:
+        raise TypeError(f"rope: expected float32, got {rope.dtype}")
+    if rope.dim() != 3 or tuple(rope.shape[1:]) != (qkv.shape[3] // 2, 2):
+        expected = f"(length, head_dim / 2, 2) = (length, {qkv.shape[3] // 2}, 2)"
+        raise ValueError(f"rope: expected shape {expected}, got {tuple(rope.shape)}")
+    if rope.device != qkv.device:
+        raise ValueError(f"rope: expected qkv's device {qkv.device}, got {rope.device}")
+    if rope.shape[0] < max_seqlen:
+        raise ValueError(f"rope: {rope.shape[0]} positions, fewer than max_seqlen = {max_seqlen}")
+    chosen = resolve(impl, qkv)
+    if chosen != "torch" and qkv.dtype == torch.float64:
+        raise TypeError(f'qkv: impl = "{chosen}" does not take float64; use impl="torch"')
+    scale = qkv.shape[3] ** -0.5 if scale is None else float(scale)
+    train = torch.is_grad_enabled() and qkv.requires_grad
+    out, _, _ = torch.ops.scamo_kernels.rotary_attention(
+        qkv, rope, cu_seqlens, prefix_lengths, max_seqlen, scale, train, chosen
+    )
+    return out
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> int:
     """Check what both fronts take, without looking at values; returns the number of samples."""
     if q.dim() != 3:
         raise ValueError(f"q: expected shape (tokens, heads, head_dim), got {tuple(q.shape)}")
-    if q.dtype not in (*FLOATS, torch.float64):
-        raise TypeError(f"q: expected float32, float16 or bfloat16, got {q.dtype}")
+    _check_dtype(q, "q")
     for name, tensor in (("k", k), ("v", v)):
         if tensor.shape != q.shape:
             raise ValueError(f"{name}: expected q's shape {tuple(q.shape)}, got {tuple(tensor.shape)}")
@@ -83,24 +129,36 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int 
             raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"{name}: expected q's device {q.device}, got {tensor.device}")
-    head_dim = q.shape[2]
+    return _check_samples(q, "q", cu_seqlens, max_seqlen)
+
+
+def _check_dtype(x: Tensor, name: str) -> None:
+    if x.dtype not in (*FLOATS, torch.float64):
+        raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {x.dtype}")
+
+
+def _check_samples(x: Tensor, name: str, cu_seqlens: Tensor, max_seqlen: int | None) -> int:
+    """Check x's head_dim, cu_seqlens and max_seqlen; returns the number of samples."""
+    head_dim = x.shape[-1]
     if head_dim % 4 or not 4 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"q: head_dim must be a multiple of 4 from 4 to {MAX_HEAD_DIM}, got {head_dim}")
+        raise ValueError(f"{name}: head_dim must be a multiple of 4 from 4 to {MAX_HEAD_DIM}, got {head_dim}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens: expected shape (samples + 1,), got {tuple(cu_seqlens.shape)}")
-    _check_int32(cu_seqlens, "cu_seqlens", tuple(cu_seqlens.shape), "(samples + 1,)", q.device)
+    _check_int32(cu_seqlens, "cu_seqlens", tuple(cu_seqlens.shape), "(samples + 1,)", x.device, name)
     if max_seqlen is not None and max_seqlen < 0:
         raise ValueError(f"max_seqlen = {max_seqlen}: expected 0 or more")
     return cu_seqlens.shape[0] - 1
 
 
-def _check_int32(tensor: Tensor, name: str, shape: tuple, meaning: str, device: torch.device) -> None:
+def _check_int32(
+    tensor: Tensor, name: str, shape: tuple, meaning: str, device: torch.device, owner: str = "q"
+) -> None:
     if tensor.dtype != torch.int32:
         raise TypeError(f"{name}: expected int32, got {tensor.dtype}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {meaning} = {shape}, got {tuple(tensor.shape)}")
     if tensor.device != device:
-        raise ValueError(f"{name}: expected q's device {device}, got {tensor.device}")
+        raise ValueError(f"{name}: expected {owner}'s device {device}, got {tensor.device}")
 
 
 def _attention(
@@ -214,7 +272,7 @@ def _forward(
         if impl == "torch":
             out = _attention_torch.forward(q, k, v, cu_seqlens, bounds, prefix, scale)
             return out, q.new_empty((0,), dtype=torch.float32)
-        max_seqlen = longest
+        max_seqlen = longest if max_seqlen < 0 else max_seqlen
     from scamo_kernels import _attention_triton
 
     return _attention_triton.forward(q, k, v, cu_seqlens, bounds, prefix, max_seqlen, scale)
@@ -242,7 +300,9 @@ def _backward(
 
     if max_seqlen < 0:
         max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
-    return _attention_triton.backward(grad, q, k, v, out, lse, cu_seqlens, bounds, prefix, max_seqlen, scale)
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    _attention_triton.backward(grad, q, k, v, out, lse, cu_seqlens, bounds, prefix, max_seqlen, scale, grads)
+    return grads
 
 
 def _fake_forward(q, k, v, cu_seqlens, bounds, prefix, max_seqlen, scale, impl):
@@ -274,6 +334,94 @@ def _autograd(ctx, grad: Tensor | None, _grad_lse: None):
     return (*grads, None, None, None, None, None, None)
 
 
+def _keeps_turned(qkv: Tensor, max_seqlen: int, train: bool, impl: str) -> bool:
+    """Whether the rotary forward returns the turned q and k for its backward."""
+    if impl == "torch" or not train:
+        return train
+    from scamo_kernels import _attention_triton
+
+    return _attention_triton.keeps_turned(qkv, max_seqlen)
+
+
+def _rotary_forward(
+    qkv: Tensor,
+    rope: Tensor,
+    cu_seqlens: Tensor,
+    prefix_lengths: Tensor,
+    max_seqlen: int,
+    scale: float,
+    train: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    keep = _keeps_turned(qkv, max_seqlen, train, impl)
+    if impl == "torch" or not qkv.is_cuda:
+        from scamo_kernels import _attention_torch
+
+        _attention_torch.check_values(cu_seqlens, prefix_lengths, True, qkv.shape[0], max_seqlen)
+        if impl == "torch":
+            out, turned = _attention_torch.rotary_forward(qkv, rope, cu_seqlens, prefix_lengths, scale)
+            turned = turned if keep else qkv.new_empty((0,))
+            return out, qkv.new_empty((0,), dtype=torch.float32), turned
+    from scamo_kernels import _attention_triton
+
+    return _attention_triton.rotary_forward(qkv, rope, cu_seqlens, prefix_lengths, max_seqlen, scale, keep)
+
+
+def _rotary_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    rope: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    turned: Tensor,
+    cu_seqlens: Tensor,
+    prefix_lengths: Tensor,
+    max_seqlen: int,
+    scale: float,
+    impl: str,
+) -> Tensor:
+    if impl == "torch":
+        from scamo_kernels import _attention_torch
+
+        return _attention_torch.rotary_backward(grad, qkv, rope, turned, cu_seqlens, prefix_lengths, scale)
+    from scamo_kernels import _attention_triton
+
+    return _attention_triton.rotary_backward(
+        grad, qkv, rope, out, lse, turned, cu_seqlens, prefix_lengths, max_seqlen, scale
+    )
+
+
+def _fake_rotary_forward(qkv, rope, cu_seqlens, prefix_lengths, max_seqlen, scale, train, impl):
+    tokens, _, heads, head_dim = qkv.shape
+    keep = _keeps_turned(qkv, max_seqlen, train, impl)
+    return (
+        qkv.new_empty((tokens, heads, head_dim)),
+        qkv.new_empty((0,) if impl == "torch" else (heads, tokens), dtype=torch.float32),
+        qkv.new_empty((2, tokens, heads, head_dim) if keep else (0,)),
+    )
+
+
+def _fake_rotary_backward(grad, qkv, rope, *_):
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_rotary(ctx, inputs, output) -> None:
+    qkv, rope, cu_seqlens, prefix_lengths, ctx.max_seqlen, ctx.scale, _, ctx.impl = inputs
+    out, lse, turned = output
+    ctx.save_for_backward(qkv, rope, out, lse, turned, cu_seqlens, prefix_lengths)
+    ctx.mark_non_differentiable(lse, turned)
+    ctx.set_materialize_grads(False)
+
+
+def _rotary_autograd(ctx, grad: Tensor | None, *_):
+    if grad is None:
+        return (None,) * 8
+    grad_qkv = torch.ops.scamo_kernels.rotary_attention_backward(
+        grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale, ctx.impl
+    )
+    return grad_qkv, *(None,) * 7
+
+
 define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor bounds, bool prefix, "
     "SymInt max_seqlen, float scale, str impl) -> (Tensor, Tensor)"
@@ -288,3 +436,18 @@ LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake(NAME + "attention", _fake_forward, lib=LIBRARY)
 torch.library.register_fake(NAME + "attention_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd(NAME + "attention", _autograd, setup_context=_setup, lib=LIBRARY)
+define(
+    "rotary_attention(Tensor qkv, Tensor rope, Tensor cu_seqlens, Tensor prefix_lengths, "
+    "SymInt max_seqlen, float scale, bool train, str impl) -> (Tensor, Tensor, Tensor)"
+)
+define(
+    "rotary_attention_backward(Tensor grad, Tensor qkv, Tensor rope, Tensor out, Tensor lse, Tensor turned, "
+    "Tensor cu_seqlens, Tensor prefix_lengths, SymInt max_seqlen, float scale, str impl) -> Tensor"
+)
+LIBRARY.impl("rotary_attention", _rotary_forward, "CompositeExplicitAutograd")
+LIBRARY.impl("rotary_attention_backward", _rotary_backward, "CompositeExplicitAutograd")
+torch.library.register_fake(NAME + "rotary_attention", _fake_rotary_forward, lib=LIBRARY)
+torch.library.register_fake(NAME + "rotary_attention_backward", _fake_rotary_backward, lib=LIBRARY)
+torch.library.register_autograd(
+    NAME + "rotary_attention", _rotary_autograd, setup_context=_setup_rotary, lib=LIBRARY
+)

@@ -13,30 +13,69 @@ import torch
 from torch import Tensor
 
 from scamo_kernels._dispatch import FLOATS, LIBRARY, NAME, check_levels, define, resolve
-from scamo_kernels.reference import compute_dtype, fsq_constants
+from scamo_kernels.reference import FSQ_BOUNDS, compute_dtype, fsq_constants, fsq_scale
 
 _INDEX_TYPES = (torch.int32, torch.int64)
 _CODE_TYPES = (*FLOATS, torch.float64)
 
 
-def fsq_quantize(z: Tensor, levels: Sequence[int], *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+def fsq_quantize(
+    z: Tensor, levels: Sequence[int], *, bound: str = "tanh", impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Quantise each channel of z to one of its levels (paper eqs. 3-4, Mentzer et al. 2023).
 
-    z: (..., d) float32, float16 or bfloat16 (float64 with impl="torch"); levels: d integers from 2 to 1000.
-    Returns codes (..., d) in z's dtype, multiples of 1 / (L // 2) in [-1, 1], and indices int32 (...) with
-    the first channel least significant. Straight-through: d codes / dz is the gradient of
-    (tanh(z + shift) half_l - offset) / (L // 2). A NaN gives a NaN code and an unspecified index.
+    z: (..., d) float32, float16 or bfloat16 (float64 with impl="torch"); levels: d integers from 2 to 1000,
+    at most 2^31 - 1 codes. Returns codes (..., d) in z's dtype, multiples of 1 / (L // 2) in [-1, 1], and
+    indices int32 (...) with the first channel least significant. A NaN gives a NaN code and an unspecified
+    index.
+
+    What is rounded half to even to one of the L integers -(L // 2) .. (L - 1) // 2:
+    bound="tanh": tanh(z + shift) half_l - offset, half_l = (L - 1)(1 + 1e-3) / 2, offset 1/2 for even L else
+    0, shift = atanh(offset / half_l): the released code. "mentzer": the same with half_l = (L - 1)(1 - 1e-3)
+    / 2 and shift = tan(offset / half_l): the notebook of Mentzer et al. "sigmoid": (L - 1) sigmoid(z) -
+    L // 2: the paper's f, where z = 0 is a rounding tie for even L. Straight-through: d codes / dz is the
+    gradient of that over L // 2.
+
     impl: "auto" | "triton" | "torch". Raises TypeError or ValueError that names the argument.
     """
     levels = check_levels(levels)
-    if z.dtype not in _CODE_TYPES:
-        raise TypeError(f"z: expected a floating-point tensor, got {z.dtype}")
-    if z.dim() == 0 or z.shape[-1] != len(levels):
-        raise ValueError(f"z: expected shape (..., {len(levels)}) for levels {levels}, got {tuple(z.shape)}")
-    chosen = resolve(impl, z)
-    if chosen == "triton" and z.dtype == torch.float64:
-        raise TypeError('z: impl = "triton" does not take float64; use impl="torch"')
-    return torch.ops.scamo_kernels.fsq_quantize(z, levels, chosen)
+    chosen = check_latents(z, len(levels), f"{len(levels)}", levels, bound, impl)
+    return torch.ops.scamo_kernels.fsq_quantize(z, levels, chosen, bound)
+
+
+def fsq_quantize_grouped(
+    z: Tensor, levels: Sequence[int], groups: int, *, bound: str = "tanh", impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Quantise `groups` runs of d channels each by itself, all with the same levels; one launch.
+
+    z: (..., groups d). Returns codes like z and indices int32 (..., groups). All else as `fsq_quantize`.
+    """
+    levels = check_levels(levels)
+    _check_count("groups", groups)
+    width = groups * len(levels)
+    chosen = check_latents(z, width, f"{groups} * {len(levels)}", levels, bound, impl)
+    split = z.unflatten(-1, (groups, len(levels)))
+    codes, indices = torch.ops.scamo_kernels.fsq_quantize(split, levels, chosen, bound)
+    return codes.flatten(-2), indices
+
+
+def fsq_quantize_residual(
+    z: Tensor, levels: Sequence[int], quantizers: int, *, bound: str = "tanh", impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Quantise z in stages, each one what the stages before it left, in units of (L - 1)^-i; one launch.
+
+    The residual FSQ of lucidrains' vector-quantize-pytorch with the scales of its first releases, without its
+    clamp of the input: stage i adds code(rest (L - 1)^i) (L - 1)^-i, and the rest of z goes on. z: (..., d).
+    Returns the sum of the codes like z and indices int32 (..., quantizers). The gradient is the sum of the
+    stages' straight-through gradients, where what is taken away counts as a constant. levels: from 3 on where
+    there are two stages or more (two levels would not get finer), (L - 1)^(quantizers - 1) at most 2^24 (a
+    float32 has no more). All else as `fsq_quantize`.
+    """
+    levels = check_levels(levels)
+    _check_stages(levels, quantizers)
+    chosen = check_latents(z, len(levels), f"{len(levels)}", levels, bound, impl)
+    codes, indices = torch.ops.scamo_kernels.fsq_quantize(z, levels, chosen, bound, quantizers)
+    return codes, indices.unsqueeze(-1) if quantizers == 1 else indices
 
 
 def fsq_dequantize(
@@ -48,6 +87,59 @@ def fsq_dequantize(
     the device, they give codes of no meaning. No gradient. impl: "auto" | "triton" | "torch".
     """
     levels = check_levels(levels)
+    chosen = _check_indices(indices, dtype, impl)
+    return torch.ops.scamo_kernels.fsq_dequantize(indices, levels, dtype, chosen)
+
+
+def fsq_dequantize_grouped(
+    indices: Tensor, levels: Sequence[int], *, dtype: torch.dtype = torch.float32, impl: str = "auto"
+) -> Tensor:
+    """indices (..., groups) -> codes (..., groups d): the inverse of `fsq_quantize_grouped`.
+
+    All else as `fsq_dequantize`.
+    """
+    if indices.dim() == 0:
+        raise ValueError("indices: expected shape (..., groups), got ()")
+    return fsq_dequantize(indices, levels, dtype=dtype, impl=impl).flatten(-2)
+
+
+def fsq_dequantize_residual(
+    indices: Tensor, levels: Sequence[int], *, dtype: torch.dtype = torch.float32, impl: str = "auto"
+) -> Tensor:
+    """indices (..., quantizers) -> codes (..., d): the inverse of `fsq_quantize_residual`, to the bit.
+
+    The first columns alone give the coarser code. All else as `fsq_dequantize`.
+    """
+    levels = check_levels(levels)
+    if indices.dim() == 0:
+        raise ValueError("indices: expected shape (..., quantizers), got ()")
+    stages = indices.shape[-1]
+    _check_stages(levels, stages, "indices.shape[-1]")
+    chosen = _check_indices(indices, dtype, impl)
+    flat = indices.squeeze(-1) if stages == 1 else indices
+    return torch.ops.scamo_kernels.fsq_dequantize(flat, levels, dtype, chosen, stages)
+
+
+def check_bound(bound: str) -> None:
+    """ValueError for a bound that does not exist."""
+    if bound not in FSQ_BOUNDS:
+        raise ValueError(f"bound = {bound!r}: expected one of {', '.join(map(repr, FSQ_BOUNDS))}")
+
+
+def check_latents(z: Tensor, width: int, meaning: str, levels: list[int], bound: str, impl: str) -> str:
+    """Check z (..., width) and bound; returns the implementation to run."""
+    if z.dtype not in _CODE_TYPES:
+        raise TypeError(f"z: expected a floating-point tensor, got {z.dtype}")
+    if z.dim() == 0 or z.shape[-1] != width:
+        raise ValueError(f"z: expected shape (..., {meaning}) for levels {levels}, got {tuple(z.shape)}")
+    check_bound(bound)
+    chosen = resolve(impl, z)
+    if chosen == "triton" and z.dtype == torch.float64:
+        raise TypeError('z: impl = "triton" does not take float64; use impl="torch"')
+    return chosen
+
+
+def _check_indices(indices: Tensor, dtype: torch.dtype, impl: str) -> str:
     if indices.dtype not in _INDEX_TYPES:
         raise TypeError(f"indices: expected int32 or int64, got {indices.dtype}")
     if dtype not in _CODE_TYPES:
@@ -56,45 +148,97 @@ def fsq_dequantize(
     if dtype == torch.float64:
         if impl == "triton":
             raise TypeError('dtype: impl = "triton" does not give float64; use impl="torch"')
-        chosen = "torch"
-    return torch.ops.scamo_kernels.fsq_dequantize(indices, levels, dtype, chosen)
+        return "torch"
+    return chosen
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} = {value!r}: expected an integer from 1 on")
+
+
+def _check_stages(levels: list[int], quantizers: int, name: str = "quantizers") -> None:
+    _check_count(name, quantizers)
+    if quantizers > 1 and min(levels) == 2:
+        raise ValueError(f"levels = {levels}: residual stages need 3 levels or more per channel")
+    if (max(levels) - 1) ** (quantizers - 1) > 2**24:
+        raise ValueError(f"{name} = {quantizers}: ({max(levels)} - 1)^{quantizers - 1} exceeds 2^24")
 
 
 @functools.lru_cache(maxsize=64)
-def _constants(levels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+def _constants(
+    levels: tuple[int, ...], bound: str, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
     """half_l, offset, shift (dtype), L // 2, basis and L (int64), each (d,)."""
-    bounds = torch.tensor([fsq_constants(level) for level in levels], dtype=torch.float64)
+    bounds = torch.tensor([fsq_constants(level, bound) for level in levels], dtype=torch.float64)
     basis = [math.prod(levels[:i]) for i in range(len(levels))]
     whole = torch.tensor([[level // 2 for level in levels], basis, levels], dtype=torch.int64)
     return *bounds.to(device, dtype).unbind(1), *whole.to(device).unbind(0)
 
 
-def _quantize(z: Tensor, levels: list[int], impl: str) -> tuple[Tensor, Tensor]:
+@functools.lru_cache(maxsize=64)
+def _units(levels: tuple[int, ...], stages: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """(L - 1)^i of every stage, exact in float32."""
+    return [
+        torch.tensor([float((level - 1) ** i) for level in levels], dtype=dtype, device=device)
+        for i in range(stages)
+    ]
+
+
+def _quantize(
+    z: Tensor, levels: list[int], impl: str, bound: str = "tanh", stages: int = 1
+) -> tuple[Tensor, Tensor]:
     if impl == "triton":
         from scamo_kernels import _fsq_triton
 
-        return _fsq_triton.quantize(z, levels)
+        return _fsq_triton.quantize(z, levels, bound, stages)
     dtype = compute_dtype(z.dtype)
-    half_l, offset, shift, half_width, basis, _ = _constants(tuple(levels), dtype, z.device)
-    quantised = (z.contiguous() + shift).tanh_().mul_(half_l).sub_(offset).round_()
-    # float64 holds every index exactly, in any order of summation; float32 would from 2**24 on not.
-    digits = quantised.double().view(-1, len(levels))
-    indices = digits.mv(basis.double()).add_((half_width * basis).sum()).to(torch.int32)
-    return quantised.div_(half_width).to(z.dtype), indices.view(z.shape[:-1])
+    half_l, offset, shift, half_width, basis, _ = _constants(tuple(levels), bound, dtype, z.device)
+    scale = fsq_scale(bound)
+
+    def stage(x: Tensor) -> tuple[Tensor, Tensor]:
+        quantised = torch.add(shift, x, alpha=scale).tanh_().mul_(half_l).sub_(offset).round_()
+        # float64 holds every index exactly, in any order of summation; float32 would from 2**24 on not.
+        digits = quantised.double().view(-1, len(levels))
+        indices = digits.mv(basis.double()).add_((half_width * basis).sum()).to(torch.int32)
+        return quantised.div_(half_width), indices.view(x.shape[:-1])
+
+    if stages == 1:
+        codes, indices = stage(z.contiguous())
+        return codes.to(z.dtype), indices
+    rest = z.to(dtype, memory_format=torch.contiguous_format, copy=True)
+    total, found = torch.zeros_like(rest), []
+    for unit in _units(tuple(levels), stages, dtype, z.device):
+        codes, indices = stage(rest * unit)
+        found.append(indices)
+        total += codes.div_(unit)
+        rest -= codes
+    return total.to(z.dtype), torch.stack(found, -1)
 
 
-def _quantize_backward(grad: Tensor, z: Tensor, levels: list[int], impl: str) -> Tensor:
+def _quantize_backward(
+    grad: Tensor, z: Tensor, levels: list[int], impl: str, bound: str = "tanh", stages: int = 1
+) -> Tensor:
     if impl == "triton":
         from scamo_kernels import _fsq_triton
 
-        return _fsq_triton.quantize_backward(grad, z, levels)
+        return _fsq_triton.quantize_backward(grad, z, levels, bound, stages)
     dtype = compute_dtype(z.dtype)
-    half_l, _, shift, half_width, _, _ = _constants(tuple(levels), dtype, z.device)
-    slope = (z.contiguous() + shift).tanh_().square_().neg_().add_(1).mul_(half_l / half_width)
-    return slope.mul_(grad).to(z.dtype)
+    half_l, offset, shift, half_width, _, _ = _constants(tuple(levels), bound, dtype, z.device)
+    scale = fsq_scale(bound)
+    if stages == 1:
+        slope = torch.add(shift, z.contiguous(), alpha=scale).tanh_().square_().neg_().add_(1)
+    else:
+        rest = z.to(dtype, memory_format=torch.contiguous_format, copy=True)
+        slope = torch.zeros_like(rest)
+        for unit in _units(tuple(levels), stages, dtype, z.device):
+            t = torch.add(shift, rest * unit, alpha=scale).tanh_()
+            rest -= (t * half_l).sub_(offset).round_().div_(half_width).div_(unit)
+            slope += t.square_().neg_().add_(1)
+    return slope.mul_(scale * half_l / half_width).mul_(grad).to(z.dtype)
 
 
-def _dequantize(indices: Tensor, levels: list[int], dtype: torch.dtype, impl: str) -> Tensor:
+def _dequantize(indices: Tensor, levels: list[int], dtype: torch.dtype, impl: str, stages: int = 1) -> Tensor:
     codes = math.prod(levels)
     if indices.device.type == "cpu" and indices.numel():
         low, high = (int(x) for x in torch.aminmax(indices))
@@ -103,43 +247,63 @@ def _dequantize(indices: Tensor, levels: list[int], dtype: torch.dtype, impl: st
     if impl == "triton":
         from scamo_kernels import _fsq_triton
 
-        return _fsq_triton.dequantize(indices, levels, dtype)
-    *_, half_width, basis, size = _constants(tuple(levels), compute_dtype(dtype), indices.device)
+        return _fsq_triton.dequantize(indices, levels, dtype, stages)
+    work = compute_dtype(dtype)
+    *_, half_width, basis, size = _constants(tuple(levels), "tanh", work, indices.device)
     digits = torch.div(indices.contiguous().unsqueeze(-1), basis, rounding_mode="floor").remainder_(size)
-    return digits.sub_(half_width).to(compute_dtype(dtype)).div_(half_width).to(dtype)
+    found = digits.sub_(half_width).to(work).div_(half_width)
+    if stages == 1:
+        return found.to(dtype)
+    total = found.select(-2, 0).clone()
+    for i, unit in enumerate(_units(tuple(levels), stages, work, indices.device)[1:], 1):
+        total += found.select(-2, i).div_(unit)
+    return total.to(dtype)
 
 
-def _fake_quantize(z: Tensor, levels: list[int], impl: str) -> tuple[Tensor, Tensor]:
-    return z.new_empty(z.shape), z.new_empty(z.shape[:-1], dtype=torch.int32)
+def _fake_quantize(
+    z: Tensor, levels: list[int], impl: str, bound: str = "tanh", stages: int = 1
+) -> tuple[Tensor, Tensor]:
+    shape = z.shape[:-1] if stages == 1 else (*z.shape[:-1], stages)
+    return z.new_empty(z.shape), z.new_empty(shape, dtype=torch.int32)
 
 
-def _fake_dequantize(indices: Tensor, levels: list[int], dtype: torch.dtype, impl: str) -> Tensor:
-    return indices.new_empty((*indices.shape, len(levels)), dtype=dtype)
+def _fake_backward(
+    grad: Tensor, z: Tensor, levels: list[int], impl: str, bound: str = "tanh", stages: int = 1
+) -> Tensor:
+    return z.new_empty(z.shape)
+
+
+def _fake_dequantize(
+    indices: Tensor, levels: list[int], dtype: torch.dtype, impl: str, stages: int = 1
+) -> Tensor:
+    shape = indices.shape if stages == 1 else indices.shape[:-1]
+    return indices.new_empty((*shape, len(levels)), dtype=dtype)
 
 
 def _setup(ctx, inputs, output) -> None:
-    z, ctx.levels, ctx.impl = inputs
+    z, *ctx.rest = inputs
     ctx.save_for_backward(z)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, grad_codes: Tensor | None, _grad_indices: None):
+    nothing = (None,) * len(ctx.rest)
     if grad_codes is None:
-        return None, None, None
+        return None, *nothing
     (z,) = ctx.saved_tensors
-    return torch.ops.scamo_kernels.fsq_quantize_backward(grad_codes, z, ctx.levels, ctx.impl), None, None
+    return torch.ops.scamo_kernels.fsq_quantize_backward(grad_codes, z, *ctx.rest), *nothing
 
 
-define("fsq_quantize(Tensor z, int[] levels, str impl) -> (Tensor, Tensor)")
-define("fsq_quantize_backward(Tensor grad, Tensor z, int[] levels, str impl) -> Tensor")
-define("fsq_dequantize(Tensor indices, int[] levels, ScalarType dtype, str impl) -> Tensor")
+# Stages > 1: residual quantisation; indices then have a last dimension of stages.
+_REST = 'int[] levels, str impl, str bound="tanh", int stages=1'
+define(f"fsq_quantize(Tensor z, {_REST}) -> (Tensor, Tensor)")
+define(f"fsq_quantize_backward(Tensor grad, Tensor z, {_REST}) -> Tensor")
+define("fsq_dequantize(Tensor indices, int[] levels, ScalarType dtype, str impl, int stages=1) -> Tensor")
 LIBRARY.impl("fsq_quantize", _quantize, "CompositeExplicitAutograd")
 LIBRARY.impl("fsq_quantize_backward", _quantize_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("fsq_dequantize", _dequantize, "CompositeExplicitAutograd")
 torch.library.register_fake(NAME + "fsq_quantize", _fake_quantize, lib=LIBRARY)
-torch.library.register_fake(
-    NAME + "fsq_quantize_backward", lambda grad, z, levels, impl: z.new_empty(z.shape), lib=LIBRARY
-)
+torch.library.register_fake(NAME + "fsq_quantize_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_fake(NAME + "fsq_dequantize", _fake_dequantize, lib=LIBRARY)
 torch.library.register_autograd(NAME + "fsq_quantize", _autograd, setup_context=_setup, lib=LIBRARY)

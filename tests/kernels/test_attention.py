@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import pickle
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import scamo_kernels
@@ -66,6 +71,8 @@ CASES = [
     Case((96, 40), (33, 7), 1, 128),
     Case((1, 1, 0, 2), (0, 1, 0, 1), 5, 20),
 ]
+# As if there were longer samples: the backward of two roles instead of one program per sample.
+MANY = 1000
 LONG = [Case((600,), (128,), 1, 64), Case((530, 3), (0, 1), 1, 100)]
 
 
@@ -87,11 +94,13 @@ def expected_results(case: Case, mask: torch.Tensor, kind: str, dtype: torch.dty
     return [out.detach(), *torch.autograd.grad(out, inputs, tensors["cotangent"].to(dtype).double())]
 
 
-def check(run, impl: str, case: Case, kind: str, dtype: torch.dtype, device: str = "cpu", scale=None) -> list:
+def check(
+    run, impl: str, case: Case, kind: str, dtype: torch.dtype, device: str = "cpu", scale=None, longest=0
+) -> list:
     tensors = case.tensors(dtype, device)
     mask = tensors["prefix_lengths"] if kind == "prefix" else case.bounds(kind, device)
     op = "prefix_causal_attention" if kind == "prefix" else "bounded_attention"
-    keywords = {"scale": scale, "max_seqlen": max(case.lengths)}
+    keywords = {"scale": scale, "max_seqlen": max(longest, *case.lengths)}
     outputs, grads = run(
         impl,
         op,
@@ -116,6 +125,12 @@ def check(run, impl: str, case: Case, kind: str, dtype: torch.dtype, device: str
 @pytest.mark.parametrize("impl", ["torch", "interpreter"])
 def test_matches_float64(run, impl, case, kind):
     check(run, impl, case, kind, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "random"])
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
+def test_short_samples_among_long_ones(run, case, kind):
+    check(run, "interpreter", case, kind, torch.float32, longest=MANY)
 
 
 @pytest.mark.parametrize("impl", ["torch", "interpreter"])
@@ -361,6 +376,242 @@ def test_flash_cannot_bound():
     bounds = torch.ones(6, dtype=torch.int32)
     with pytest.raises(ValueError, match="only prefix_causal_attention"):
         scamo_kernels.bounded_attention(**arguments, bounds=bounds, impl="flash")
+
+
+def rotary_table(length: int, head_dim: int) -> torch.Tensor:
+    angle = torch.arange(length)[:, None] * 1e4 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    return torch.stack((angle.cos(), angle.sin()), -1)
+
+
+def fused(case: Case, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+    """(tokens, 3, heads, head_dim)."""
+    return torch.stack(case.tensors(dtype, device)["qkv"], 1)
+
+
+# float32: of the largest entry of the output and of each of the three gradients.
+ROTARY = 2e-6
+
+
+def check_rotary(
+    run, impl: str, case: Case, dtype: torch.dtype, device: str = "cpu", scale=None, longest=0
+) -> list:
+    tensors, longest = case.tensors(dtype, device), max(longest, *case.lengths)
+    rope = rotary_table(longest + 2, case.head_dim)
+    rest = tensors["cu_seqlens"], tensors["prefix_lengths"]
+    (out,), (grad,) = run(
+        impl,
+        "rotary_prefix_attention",
+        fused(case, dtype, device),
+        rope.to(device),
+        *rest,
+        differentiate=(0,),
+        cotangent=tensors["cotangent"],
+        scale=scale,
+        max_seqlen=longest,
+    )
+    assert out.dtype == grad.dtype == dtype
+    assert grad.is_contiguous()
+    qkv = fused(case, dtype).double().requires_grad_()
+    expected = reference.rotary_prefix_attention(qkv, rope, *(x.cpu() for x in rest), scale)
+    (expected_grad,) = torch.autograd.grad(expected, qkv, tensors["cotangent"].cpu().double())
+    pairs = (out, expected.detach()), *zip(grad.unbind(1), expected_grad.unbind(1), strict=True)
+    errors = [error(a, e) for a, e in pairs]
+    assert max(errors) <= LOOSE.get(dtype, ROTARY), dict(zip("oqkv", errors, strict=True))
+    return [out, grad]
+
+
+@pytest.mark.parametrize("case", [*CASES, Case((150, 20), (70, 0), 1, 100)], ids=str)
+@pytest.mark.parametrize("impl", ["torch", "interpreter"])
+def test_rotary_matches_float64(run, impl, case):
+    check_rotary(run, impl, case, torch.float32)
+
+
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
+def test_rotary_short_samples_among_long_ones(run, case):
+    check_rotary(run, "interpreter", case, torch.float32, longest=MANY)
+
+
+@pytest.mark.parametrize("impl", ["torch", "interpreter"])
+def test_rotary_in_other_dtypes_and_scales(run, impl):
+    check_rotary(run, impl, CASES[1], torch.float16)
+    check_rotary(run, impl, CASES[4], torch.float32, scale=0.31)
+    if impl == "torch":
+        check_rotary(run, impl, CASES[0], torch.bfloat16)
+
+
+@pytest.mark.parametrize("impl", ["torch", "interpreter"])
+def test_rotary_same_bits_every_time(run, impl):
+    for longest in (0, MANY):
+        first = check_rotary(run, impl, CASES[1], torch.float32, longest=longest)
+        second = check_rotary(run, impl, CASES[1], torch.float32, longest=longest)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["torch", "interpreter"])
+@pytest.mark.parametrize("longest", [111, MANY])
+def test_rotary_without_gradient_and_from_any_layout(run, impl, longest):
+    case = CASES[1]
+    tensors, rope = case.tensors(torch.float32), rotary_table(longest, case.head_dim)
+    qkv = fused(case, torch.float32)
+    rest = rope, tensors["cu_seqlens"], tensors["prefix_lengths"]
+    keywords = {"differentiate": (0,), "cotangent": tensors["cotangent"], "max_seqlen": longest}
+    (out,), (grad,) = run(impl, "rotary_prefix_attention", qkv, *rest, **keywords)
+    (plain,), _ = run(impl, "rotary_prefix_attention", qkv, *rest, max_seqlen=longest)
+    assert torch.equal(plain, out)
+    # Rows with more behind them (an odd number, too), heads before the three, a table that is a slice.
+    wide = torch.cat((qkv.flatten(1), torch.zeros(len(qkv), 5)), 1)[:, :-5].unflatten(1, qkv.shape[1:])
+    heads_first = qkv.transpose(1, 2).contiguous().transpose(1, 2)
+    columns = torch.cat((rope, rope), -1)[..., :2]
+    for x, table in ((wide, rope), (heads_first, rope), (qkv, columns)):
+        (again,), (grad_again,) = run(impl, "rotary_prefix_attention", x, table, *rest[1:], **keywords)
+        assert torch.equal(again, out)
+        assert torch.equal(grad_again, grad)
+
+
+@pytest.mark.parametrize("impl", ["torch", "interpreter"])
+@pytest.mark.parametrize("lengths", [(), (0, 0)])
+def test_rotary_without_tokens(run, impl, lengths):
+    tensors = Case(lengths, (0,) * len(lengths), 2, 64).tensors(torch.float32)
+    for longest in (0, MANY):
+        (out,), (grad,) = run(
+            impl,
+            "rotary_prefix_attention",
+            torch.zeros(0, 3, 2, 64),
+            rotary_table(longest, 64),
+            tensors["cu_seqlens"],
+            tensors["prefix_lengths"],
+            differentiate=(0,),
+            cotangent=tensors["cotangent"],
+            max_seqlen=longest,
+        )
+        assert out.shape == (0, 2, 64)
+        assert grad.shape == (0, 3, 2, 64)
+
+
+def test_rotary_turns_adjacent_pairs_as_complex_numbers():
+    x, rope = torch.randn(5, 2, 8, dtype=torch.float64), rotary_table(5, 8).double()
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.view_as_complex(rope)[:, None]
+    assert torch.allclose(reference.rotate_pairs(x, rope), torch.view_as_real(turned).flatten(-2))
+
+
+def test_rotary_sees_distances_only():
+    """Later positions for all rows of a sample change nothing."""
+    case = CASES[1]
+    tensors, rope = case.tensors(), rotary_table(200, case.head_dim)
+    rest = tensors["cu_seqlens"], tensors["prefix_lengths"]
+    qkv = fused(case, torch.float64)
+    near, far = (
+        scamo_kernels.rotary_prefix_attention(qkv, x, *rest, max_seqlen=111, impl="torch")
+        for x in (rope, rope[40:])
+    )
+    other = scamo_kernels.prefix_causal_attention(*qkv.unbind(1), *rest, impl="torch")
+    assert error(far, near) < 1e-5
+    assert error(other, near) > 1e-2
+
+
+def test_rotary_gradcheck_and_one_graph():
+    case = Case((5, 4), (2, 0), 2, 8)
+    tensors, rope = case.tensors(), rotary_table(9, 8)
+    rest = rope, tensors["cu_seqlens"], tensors["prefix_lengths"]
+
+    def function(x, longest=5):
+        return scamo_kernels.rotary_prefix_attention(x * 2, *rest, max_seqlen=longest).sin()
+
+    qkv = fused(case, torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(function, (qkv,), fast_mode=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for longest in (5, 6, 9):
+        results = []
+        for call in (function, compiled):
+            x = qkv.detach().float().requires_grad_()
+            out = call(x, longest)
+            results.append([out.detach(), *torch.autograd.grad(out.sum(), x)])
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))
+
+
+# What sm_80 runs and sm_90 does not: a program that turns q and k and steps over the rows of its sample.
+STEPPING = """
+import evaluate
+from scamo_kernels import _attention_triton as kernels
+kernels.BACKWARD[90, "half", 64] = 3 * (kernels.SampleConfig(128, 32, 8, True),)
+evaluate.main()
+"""
+
+
+def test_stepping_programs_that_turn(environment):
+    pytest.importorskip("triton")
+    here = Path(__file__).parent
+    settings = environment(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    settings["PYTHONPATH"] += os.pathsep + str(here)
+
+    def run(impl, op, *arguments, differentiate, cotangent, **keywords):
+        request = "evaluate", (op, arguments, {**keywords, "impl": impl}, differentiate, cotangent)
+        done = subprocess.run(
+            [sys.executable, "-c", STEPPING], input=pickle.dumps(request), capture_output=True, env=settings
+        )
+        good, answer = pickle.loads(done.stdout)
+        assert good, answer
+        return answer
+
+    check_rotary(run, "triton", Case((63, 0, 17, 128, 1), (20, 0, 17, 40, 0), 2, 64), torch.float32)
+
+
+def _rotary_arguments() -> dict:
+    return {
+        "qkv": torch.zeros(6, 3, 2, 8),
+        "rope": torch.zeros(5, 4, 2),
+        "cu_seqlens": int32(0, 2, 6),
+        "prefix_lengths": int32(1, 4),
+        "max_seqlen": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"qkv": torch.zeros(6, 2, 2, 8)}, ValueError, r"qkv: expected shape \(tokens, 3, heads, head_dim\)"),
+        ({"qkv": torch.zeros(6, 48)}, ValueError, r"qkv: expected shape .* got \(6, 48\)"),
+        ({"qkv": torch.zeros(6, 3, 2, 8).int()}, TypeError, "qkv: expected float32"),
+        ({"qkv": torch.zeros(6, 3, 2, 6)}, ValueError, "qkv: head_dim must be a multiple of 4 .* got 6"),
+        ({"rope": torch.zeros(5, 4, 2).double()}, TypeError, "rope: expected float32, got torch.float64"),
+        ({"rope": torch.zeros(5, 8)}, ValueError, r"rope: expected shape .* \(length, 4, 2\), got \(5, 8\)"),
+        ({"rope": torch.zeros(3, 4, 2)}, ValueError, "rope: 3 positions, fewer than max_seqlen = 4"),
+        ({"rope": torch.zeros(5, 4, 2, device="meta")}, ValueError, "rope: expected qkv's device cpu"),
+        ({"cu_seqlens": torch.tensor([0, 2, 6])}, TypeError, "cu_seqlens: expected int32"),
+        ({"cu_seqlens": int32(0, 2, 5)}, ValueError, "cu_seqlens: .* from 0 to 6 tokens"),
+        ({"prefix_lengths": int32(1)}, ValueError, r"prefix_lengths: expected shape \(samples,\) = \(2,\)"),
+        ({"prefix_lengths": int32(3, 0)}, ValueError, r"prefix_lengths\[0\] = 3: expected 0 to 2"),
+        ({"max_seqlen": 3}, ValueError, "max_seqlen = 3: the longest sample has 4"),
+        ({"max_seqlen": -1}, ValueError, "max_seqlen = -1"),
+        ({"impl": "flash"}, ValueError, "impl = 'flash': expected one of 'auto', 'triton', 'torch'"),
+    ],
+)
+def test_rotary_names_bad_arguments(changes, kind, message):
+    with pytest.raises(kind, match=message) as raised:
+        scamo_kernels.rotary_prefix_attention(**(_rotary_arguments() | changes))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("longest", [0, MANY], ids=["as-short", "as-long"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *LONG, Case((2048, 1), (150, 1), 2, 64)], ids=str)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_rotary_on_a_gpu(run, impl, case, dtype, longest):
+    check_rotary(run, impl, case, dtype, "cuda", longest=longest)
+
+
+@pytest.mark.gpu
+def test_rotary_same_bits_on_a_gpu(run):
+    for case in (
+        Case((201, 178, 90) * 20, (150, 128, 40) * 20, 8, 64),
+        Case((126, 60) * 20, (77, 9) * 20, 8, 100),
+    ):
+        first = check_rotary(run, "triton", case, torch.bfloat16, "cuda")
+        for _ in range(5):
+            again = check_rotary(run, "triton", case, torch.bfloat16, "cuda")
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.gpu

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import scamo_kernels
@@ -23,6 +27,18 @@ LEVELS = [
     (3, 1000),
 ]
 IMPLS = ["torch", "interpreter"]
+BOUNDS = ["tanh", "sigmoid", "mentzer"]
+# Close to 2^31 - 1 codes, with few and with many channels; small levels, large ones, both parities.
+HUGE = [
+    (1000, 1000, 1000, 2),
+    (3, 999, 716, 1000),
+    (2,) * 30,
+    (3,) * 19,
+    (8,) * 10,
+    (7,) * 11,
+    (5,) * 13,
+    (128, 128, 128, 128, 7),
+]
 
 
 def name(levels) -> str:
@@ -34,10 +50,31 @@ def latents(levels, rows: int = 700) -> torch.Tensor:
     return torch.randn(rows, len(levels), generator=generator, dtype=torch.float64) * 1.5
 
 
-def clear_of_ties(z: torch.Tensor, levels) -> torch.Tensor:
+def clear_of_ties(z: torch.Tensor, levels, bound: str = "tanh", tie: float = TIE) -> torch.Tensor:
     """Which entries of z round the same way in any arithmetic."""
-    bounded = reference.fsq_bound(z.double(), levels)
-    return ((bounded - bounded.floor()) - 0.5).abs() > TIE
+    bounded = reference.fsq_bound(z.double(), levels, bound)
+    return ((bounded - bounded.floor()) - 0.5).abs() > tie
+
+
+def python_indices(z: torch.Tensor, levels, bound: str) -> list[int]:
+    """Indices by Python's own integers and floats, from the formulas alone."""
+
+    def digit(x: float, level: int) -> int:
+        if bound == "sigmoid":
+            return round((level - 1) / (1 + math.exp(-x)))
+        half = (level - 1) * (1.001 if bound == "tanh" else 0.999) / 2
+        offset = 0.0 if level % 2 else 0.5
+        shift = math.atanh(offset / half) if bound == "tanh" else math.tan(offset / half)
+        return round(math.tanh(x + shift) * half - offset) + level // 2
+
+    indices = []
+    for row in z.double().tolist():
+        index, basis = 0, 1
+        for x, level in zip(row, levels, strict=True):
+            index += digit(x, level) * basis
+            basis *= level
+        indices.append(index)
+    return indices
 
 
 @pytest.mark.parametrize("levels", LEVELS, ids=name)
@@ -94,6 +131,93 @@ def test_every_code_is_reached_and_comes_back(run, impl, levels):
     (again, found), _ = run(impl, "fsq_quantize", torch.stack(columns, 1).float(), levels)
     assert torch.equal(found, indices)
     assert torch.equal(again, codes)
+
+
+@pytest.mark.parametrize("bound", ["sigmoid", "mentzer"])
+@pytest.mark.parametrize("levels", LEVELS, ids=name)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_other_bounds_match_float64(run, impl, levels, bound):
+    z = latents(levels, 300)
+    cotangent = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    exact = z.clone().requires_grad_()
+    codes, indices = reference.fsq_quantize(exact, levels, bound)
+    (grad,) = torch.autograd.grad(codes, exact, cotangent)
+    (got_codes, got_indices), (got_grad,) = run(
+        impl,
+        "fsq_quantize",
+        z.float(),
+        levels,
+        bound=bound,
+        differentiate=(0,),
+        cotangent=cotangent.float(),
+    )
+    clear = clear_of_ties(z, levels, bound, TIE * max(1, max(levels) / 100))
+    assert clear.double().mean() > 0.99
+    assert torch.allclose(got_codes.double()[clear], codes.detach()[clear], rtol=1e-7, atol=0)
+    assert torch.equal(got_indices[clear.all(1)], indices[clear.all(1)])
+    assert (got_grad - grad).abs().max() <= RELATIVE * grad.abs().max()
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_each_bound_is_its_formula(bound):
+    """Values and gradients by automatic differentiation of the formulas as they are published."""
+    levels = (2, 3, 5, 8, 999, 1000)
+    z = latents(levels, 50).requires_grad_()
+    columns = []
+    for i, level in enumerate(levels):
+        if bound == "sigmoid":
+            columns.append((level - 1) * torch.sigmoid(z[:, i]) - level // 2)
+            continue
+        half = (level - 1) * (1.001 if bound == "tanh" else 0.999) / 2
+        offset = 0.0 if level % 2 else 0.5
+        shift = math.atanh(offset / half) if bound == "tanh" else math.tan(offset / half)
+        columns.append(torch.tanh(z[:, i] + shift) * half - offset)
+    expected = torch.stack(columns, 1)
+    assert torch.allclose(reference.fsq_bound(z, levels, bound), expected, rtol=1e-10, atol=1e-10)
+    scaled = expected / torch.tensor([level // 2 for level in levels])
+    (grad,) = torch.autograd.grad(scaled.sum(), z)
+    (actual,) = torch.autograd.grad(scamo_kernels.fsq_quantize(z, levels, bound=bound)[0].sum(), z)
+    assert torch.allclose(actual, grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_channel_takes_exactly_its_levels(run, impl, bound):
+    """A sweep from one saturated end to the other meets each of the L integers, in order, and no other."""
+    levels = (2, 3, 5, 6, 8, 99, 100)
+    sweep = torch.cat([torch.tensor([-1e4]), torch.linspace(-8, 8, 4001), torch.tensor([1e4])])
+    (codes, _), _ = run(impl, "fsq_quantize", sweep[:, None].expand(-1, len(levels)), levels, bound=bound)
+    for i, level in enumerate(levels):
+        digits = (codes[:, i].double() * (level // 2)).round().long() + level // 2
+        assert (digits.diff() >= 0).all()
+        assert torch.equal(digits.unique(), torch.arange(level))
+    ends = torch.tensor([[-1e4, -1e4], [1e4, 1e4]])
+    (_, indices), _ = run(impl, "fsq_quantize", ends, (999, 1000), bound=bound)
+    assert indices.tolist() == [0, 999 * 1000 - 1]
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("levels", HUGE, ids=name)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_indices_are_exact_up_to_the_int32_limit(run, impl, levels, bound):
+    """Against Python's integers; saturated rows give the first and the last code."""
+    z = latents(levels, 100)
+    z = z[clear_of_ties(z, levels, bound, TIE * max(1, max(levels) / 50)).all(1)].float()
+    assert len(z) > 50
+    z = torch.cat([z, torch.full((1, len(levels)), -99.0), torch.full((1, len(levels)), 99.0)])
+    (codes, indices), _ = run(impl, "fsq_quantize", z, levels, bound=bound)
+    assert indices.tolist() == python_indices(z, levels, bound)
+    assert indices[-2:].tolist() == [0, math.prod(levels) - 1]
+    (back,), _ = run(impl, "fsq_dequantize", indices, levels)
+    assert torch.equal(back, codes)
+
+
+def test_sigmoid_is_half_the_argument_of_a_tanh():
+    """By hand: levels (8, 5), digits round(7 sigmoid(z)) and round(4 sigmoid(z))."""
+    z = torch.tensor([[0.1, 0.0], [-0.1, -2.0], [50.0, -50.0]])
+    codes, indices = scamo_kernels.fsq_quantize(z, (8, 5), bound="sigmoid")
+    assert indices.tolist() == [4 + 2 * 8, 3 + 0 * 8, 7 + 0 * 8]
+    assert codes.tolist() == [[0.0, 0.0], [-0.25, -1.0], [0.75, -1.0]]
 
 
 def test_index_by_hand():
@@ -163,6 +287,266 @@ def test_agrees_with_vector_quantize_pytorch(levels):
     assert torch.allclose(codes[clear], expected[clear], atol=1e-6)
     assert torch.equal(indices[clear], theirs.codes_to_indices(expected)[clear].to(torch.int32))
     assert torch.allclose(theirs.indices_to_codes(indices), scamo_kernels.fsq_dequantize(indices, levels))
+
+
+@pytest.mark.parametrize("levels", [(8, 6, 5), (8, 8, 8, 5, 5, 5)], ids=name)
+def test_mentzer_agrees_with_vector_quantize_pytorch_at_its_constants(levels):
+    """The package's bound, given the notebook's eps and shift, is this bound."""
+    package = pytest.importorskip("vector_quantize_pytorch")
+    z = latents(levels).float()
+    theirs = package.FSQ(levels=list(levels))
+    sizes = torch.tensor(levels)
+    half = (sizes - 1) * 0.999 / 2
+    offset = torch.where(sizes % 2 == 0, 0.5, 0.0)
+    # Their shift out, the notebook's in; then their bound with eps = -1e-3.
+    moved = z + torch.tan(offset / half) - torch.atanh(offset / half)
+    expected = theirs.bound(moved, eps=-1e-3)
+    codes, indices = scamo_kernels.fsq_quantize(z, levels, bound="mentzer")
+    clear = clear_of_ties(z, levels, "mentzer").all(1)
+    assert torch.allclose(codes[clear], expected[clear], atol=1e-6)
+    assert torch.equal(indices[clear], theirs.codes_to_indices(expected)[clear].to(torch.int32))
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_groups(run, impl, groups, bound):
+    levels = (8, 6, 5)
+    z = latents(levels * groups, 111).float().reshape(3, 37, -1)
+    (codes, indices), (grad,) = run(
+        impl,
+        "fsq_quantize_grouped",
+        z,
+        levels,
+        groups,
+        bound=bound,
+        differentiate=(0,),
+        cotangent=z.cos(),
+    )
+    assert indices.shape == (3, 37, groups)
+    exact = z.double().requires_grad_()
+    expected, expected_indices = reference.fsq_quantize_grouped(exact, levels, groups, bound)
+    (expected_grad,) = torch.autograd.grad(expected, exact, z.cos().double())
+    clear = clear_of_ties(z, levels * groups, bound)
+    assert torch.allclose(codes.double()[clear], expected.detach()[clear], rtol=1e-7, atol=0)
+    clear = clear.unflatten(-1, (groups, -1)).all(-1)
+    assert torch.equal(indices[clear], expected_indices[clear])
+    assert (grad - expected_grad).abs().max() <= RELATIVE * expected_grad.abs().max()
+    (back,), _ = run(impl, "fsq_dequantize_grouped", indices, levels)
+    assert torch.equal(back, codes)
+    (codes, indices), _ = run(impl, "fsq_quantize_grouped", z[:0], levels, groups)
+    assert codes.shape == (0, 37, 3 * groups)
+    assert indices.shape == (0, 37, groups)
+
+
+def clear_in_every_stage(z: torch.Tensor, levels, quantizers: int, bound: str) -> torch.Tensor:
+    """Rows none of whose residuals is near a tie; the float32 error of a residual grows with its unit."""
+    rest, clear = z.double(), torch.ones(len(z), dtype=torch.bool)
+    steps = torch.tensor([level - 1.0 for level in levels], dtype=torch.float64)
+    for stage in range(quantizers):
+        tie = TIE * max(levels) ** stage
+        clear &= clear_of_ties(rest * steps**stage, levels, bound, tie).all(1)
+        rest = rest - reference.fsq_quantize(rest * steps**stage, levels, bound)[0] / steps**stage
+    return clear
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize(
+    ("levels", "quantizers"), [((8, 6, 5), 3), ((5, 5, 5, 5), 4), ((8, 5), 1), ((3,), 2)]
+)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_residual_stages(run, impl, levels, quantizers, bound):
+    z = latents(levels, 130) / 3
+    z = z[clear_in_every_stage(z.float(), levels, quantizers, bound)].float()
+    assert len(z) > 60
+    exact = z.double().requires_grad_()
+    expected, expected_indices = reference.fsq_quantize_residual(exact, levels, quantizers, bound)
+    (expected_grad,) = torch.autograd.grad(expected, exact, z.cos().double())
+    (codes, indices), (grad,) = run(
+        impl,
+        "fsq_quantize_residual",
+        z,
+        levels,
+        quantizers,
+        bound=bound,
+        differentiate=(0,),
+        cotangent=z.cos(),
+    )
+    assert indices.shape == (len(z), quantizers)
+    assert indices.dtype == torch.int32
+    assert torch.equal(indices, expected_indices)
+    assert torch.allclose(codes.double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    # A slope of stage i sees the float32 error of its residual times (L - 1)^i.
+    limit = RELATIVE * max(levels) ** (quantizers - 1)
+    assert (grad - expected_grad).abs().max() <= limit * expected_grad.abs().max()
+    (back,), _ = run(impl, "fsq_dequantize_residual", indices, levels)
+    assert torch.equal(back, codes)
+    assert torch.allclose(reference.fsq_dequantize_residual(indices, levels), codes, rtol=1e-6, atol=1e-7)
+    (again, same), _ = run(impl, "fsq_quantize_residual", z, levels, quantizers, bound=bound)
+    assert torch.equal(again, codes)
+    assert torch.equal(same, indices)
+    (codes, indices), _ = run(impl, "fsq_quantize_residual", z[:0], levels, quantizers)
+    assert codes.shape == (0, len(levels))
+    assert indices.shape == (0, quantizers)
+    (back,), _ = run(impl, "fsq_dequantize_residual", indices, levels)
+    assert back.shape == (0, len(levels))
+
+
+def test_residual_stages_get_finer():
+    """Each stage narrows the error of a small latent."""
+    levels = (5, 5)
+    z = latents(levels, 500) / 8
+    errors = []
+    for quantizers in (1, 2, 3):
+        codes, indices = scamo_kernels.fsq_quantize_residual(z, levels, quantizers)
+        errors.append((codes - z).abs().mean())
+        coarse = scamo_kernels.fsq_dequantize_residual(indices[:, :1], levels)
+        assert torch.equal(coarse.double(), scamo_kernels.fsq_quantize(z, levels)[0])
+    assert errors[1] < errors[0] / 2
+    assert errors[2] < errors[1] / 2
+
+
+@pytest.mark.parametrize("levels", [(8, 6, 5), (5, 5, 5, 5)], ids=name)
+def test_residual_agrees_with_vector_quantize_pytorch(levels):
+    """Its ResidualFSQ with its first releases' scales, this quantiser's bound and no clamp of the input.
+
+    The installed release scales by L^-i, preserves symmetry and clamps; those three are set back.
+    """
+    package = pytest.importorskip("vector_quantize_pytorch")
+    quantizers = 3
+    theirs = package.ResidualFSQ(levels=list(levels), num_quantizers=quantizers, bound_hard_clamp=False)
+    sizes = torch.tensor(levels).float()
+    theirs.scales = torch.stack([(sizes - 1) ** -i for i in range(quantizers)])
+    for layer in theirs.layers:
+        layer.preserve_symmetry = False
+    z = latents(levels, 300).float() / 3
+    z = z[clear_in_every_stage(z, levels, quantizers, "tanh")]
+    leaf = z.clone().requires_grad_()
+    expected, expected_indices = theirs(leaf[None])
+    (expected_grad,) = torch.autograd.grad(expected, leaf, z.cos()[None])
+    mine = z.clone().requires_grad_()
+    codes, indices = scamo_kernels.fsq_quantize_residual(mine, levels, quantizers)
+    (grad,) = torch.autograd.grad(codes, mine, z.cos())
+    assert torch.equal(indices, expected_indices[0].to(torch.int32))
+    assert torch.allclose(codes, expected[0], atol=1e-6)
+    assert torch.allclose(grad, expected_grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_residual_keeps_the_dtype(dtype):
+    z = latents((8, 5), 50).to(dtype).requires_grad_()
+    codes, indices = scamo_kernels.fsq_quantize_residual(z, (8, 5), 3)
+    (grad,) = torch.autograd.grad(codes.sum(), z)
+    assert codes.dtype == grad.dtype == dtype
+    wide = z.detach() if dtype == torch.float64 else z.detach().float()
+    expected, same = scamo_kernels.fsq_quantize_residual(wide, (8, 5), 3)
+    assert torch.equal(codes, expected.to(dtype))
+    assert torch.equal(indices, same)
+    back = scamo_kernels.fsq_dequantize_residual(indices, (8, 5), dtype=dtype)
+    assert torch.equal(back, codes)
+
+
+def test_opcheck_of_bounds_and_stages():
+    ops = torch.ops.scamo_kernels
+    z = torch.randn(7, 2, requires_grad=True)
+    torch.library.opcheck(ops.fsq_quantize.default, (z, [8, 5], "torch", "mentzer", 3))
+    plain = z.detach()
+    torch.library.opcheck(ops.fsq_quantize_backward.default, (plain, plain, [8, 5], "torch", "sigmoid", 2))
+    indices = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32)
+    torch.library.opcheck(ops.fsq_dequantize.default, (indices, [8, 5], torch.float32, "torch", 2))
+
+
+def test_torch_compile_traces_grouped_and_residual():
+    def block(z):
+        grouped, a = scamo_kernels.fsq_quantize_grouped(z * 2, [8, 5], 2, bound="sigmoid")
+        residual, b = scamo_kernels.fsq_quantize_residual(grouped + z, [8, 5, 5, 6], 3)
+        return residual.square().sum(), scamo_kernels.fsq_dequantize_residual(b, [8, 5, 5, 6]), a
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for rows in (5, 9):
+        results = []
+        for function in (block, compiled):
+            z = latents((8, 5, 5, 6), rows).float().requires_grad_()
+            loss, codes, indices = function(z)
+            results.append([loss.detach(), codes, indices, *torch.autograd.grad(loss, z)])
+        for a, b in zip(*results, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda k: k.fsq_quantize(torch.zeros(4, 2), [8, 5], bound="relu"), ValueError, "bound = 'relu'"),
+        (lambda k: k.fsq_quantize_grouped(torch.zeros(4, 5), [8, 5], 2), ValueError, r"\(\.\.\., 2 \* 2\)"),
+        (lambda k: k.fsq_quantize_grouped(torch.zeros(4, 4), [8, 5], 0), ValueError, "groups = 0"),
+        (lambda k: k.fsq_quantize_grouped(torch.zeros(4, 4), [8, 5], 2.0), ValueError, "groups = 2.0"),
+        (lambda k: k.fsq_quantize_residual(torch.zeros(4, 2), [8, 5], 0), ValueError, "quantizers = 0"),
+        (
+            lambda k: k.fsq_quantize_residual(torch.zeros(4, 2), [2, 5], 2),
+            ValueError,
+            "need 3 levels or more",
+        ),
+        (lambda k: k.fsq_quantize_residual(torch.zeros(4, 2), [8, 5], 10), ValueError, r"exceeds 2\^24"),
+        (lambda k: k.fsq_dequantize_grouped(torch.tensor(3), [8, 5]), ValueError, "indices: expected shape"),
+        (lambda k: k.fsq_dequantize_residual(torch.tensor(3), [8, 5]), ValueError, "indices: expected shape"),
+        (
+            lambda k: k.fsq_dequantize_residual(torch.zeros(3, 0).int(), [8, 5]),
+            ValueError,
+            r"shape\[-1\] = 0",
+        ),
+        (lambda k: k.fsq_dequantize_residual(torch.tensor([[0, 40]]), [8, 5]), ValueError, "found 0 to 40"),
+    ],
+)
+def test_bad_bounds_groups_and_stages_are_named(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call(scamo_kernels)
+
+
+@pytest.mark.slow
+def test_wide_and_residual_kernels_compile(environment):
+    """No spills and at most 240 registers: thirty channels, the longest list, and stages."""
+    pytest.importorskip("triton")
+    from scamo_kernels import _fsq_triton as kernels
+
+    cases = []
+    for arch in (80, 90):
+        for levels, bound, stages in (([2] * 30, "sigmoid", 1), ([8, 8, 8, 5, 5, 5], "mentzer", 4)):
+            names = ["HALF", "OFFSET", "SHIFT", "WIDTH", "STEP"]
+            flags = {"SCALE": reference.fsq_scale(bound), "NATIVE": True}
+            for kernel, pointers, constants, extra in (
+                ("quantize", {"z": "*bf16", "codes": "*bf16", "indices": "*i32"}, [*names, "BASIS"], flags),
+                (
+                    "quantize_backward",
+                    dict.fromkeys(("grad", "z", "grad_z"), "*bf16"),
+                    [*names, "SLOPE"],
+                    flags,
+                ),
+                ("dequantize", {"indices": "*i32", "codes": "*bf16"}, ["LEVELS", "BASIS"], {}),
+            ):
+                values = {k: list(v) for k, v in kernels.pick(levels, bound, *constants).items()}
+                cases.append(
+                    {
+                        "kernel": f"_fsq_triton.{kernel}_kernel",
+                        "arch": arch,
+                        "signature": pointers | {"rows": "i32"},
+                        "constants": values | extra | kernels.shape(levels, stages) | {"STAGES": stages},
+                        "warps": kernels.WARPS,
+                        "stages": 1,
+                    }
+                )
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compile_gate.py")],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for case, result in zip(cases, json.loads(done.stdout), strict=True):
+        assert result["stack"] == result["spills"] == 0, (case, result)
+        assert result["registers"] <= 240, (case, result)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""The chunked linear cross-entropy against F.linear + F.cross_entropy, torch's own fusion and Liger's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import floors
+import pytest
+import scamo_kernels
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CPU_IMPLS = ["torch", "plain", "F.linear_cross_entropy", "F.linear_cross_entropy chunked"]
+GPU_IMPLS = [*CPU_IMPLS, "triton", "compiled", "liger"]
+# Scored rows, width, classes: 65,536 codes and the end of sequence.
+GPU_SHAPES = [(6144, 512, 65537), (6144, 1024, 65537), (16384, 1024, 65537), (6144, 3200, 65537)]
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def loss(impl: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(hidden, weight, targets) -> the sum of the losses."""
+    if impl == "plain":
+        return plain
+    if impl == "compiled":
+        torch._dynamo.reset()
+        return torch.compile(plain)
+    if impl == "liger":
+        functional = pytest.importorskip("liger_kernel.transformers.functional")
+        return lambda *tensors: functional.liger_fused_linear_cross_entropy(*tensors, reduction="sum")
+    if impl.startswith("F.linear_cross_entropy"):
+        if not hasattr(F, "linear_cross_entropy"):
+            pytest.skip("torch has no F.linear_cross_entropy")
+        options = {"options": torch.nn.LinearCrossEntropyOptions()} if impl.endswith("chunked") else {}
+        return lambda *tensors: F.linear_cross_entropy(*tensors, reduction="sum", **options)
+    return lambda *tensors: scamo_kernels.linear_cross_entropy(*tensors, impl=impl)[0]
+
+
+def exactly(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor]:
+    """The sum and both gradients in float32, 1024 rows at a time: all logits could take 4 GB."""
+    leaves = [t.detach().float().requires_grad_() for t in (hidden, weight)]
+    total = torch.zeros((), device=hidden.device)
+    grad_hidden, grad_weight = (torch.zeros_like(leaf) for leaf in leaves)
+    for start in range(0, hidden.shape[0], 1024):
+        part = slice(start, start + 1024)
+        partial = plain(leaves[0][part], leaves[1], targets[part])
+        grads = torch.autograd.grad(partial, leaves)
+        total += partial.detach()
+        grad_hidden += grads[0]
+        grad_weight += grads[1]
+    return [total, grad_hidden, grad_weight]
+
+
+def run(measure, impl: str, device: str, shape: tuple[int, int, int], card, **keywords) -> None:
+    rows, width, classes = shape
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    hidden = torch.randn(rows, width, generator=generator).to(device, dtype).requires_grad_()
+    weight = (torch.randn(classes, width, generator=generator) / width**0.5).to(device, dtype)
+    weight.requires_grad_()
+    targets = torch.randint(0, classes, (rows,), generator=generator).to(device)
+    compute = loss(impl)
+
+    def function() -> list[Tensor]:
+        total = compute(hidden, weight, targets)
+        return [total.detach(), *torch.autograd.grad(total, (hidden, weight))]
+
+    # Inputs and gradients once; what bounds the time are the products, 6 S C V operations.
+    moved = 2 * (hidden.numel() + weight.numel()) * dtype.itemsize + 8 * rows
+    if card is not None:
+        keywords["floor"] = floors.linear_cross_entropy(*shape, card, way=floors.BOTH)
+    group = f"linear_cross_entropy-S{rows}-C{width}-V{classes}-{device} {floors.BOTH}"
+    label = f"{impl}, graph" if keywords.get("graph") else impl
+    measure(group, label, function, exactly(hidden, weight, targets), dtype, moved, **keywords)
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_linear_cross_entropy_on_a_cpu(measure, impl):
+    run(measure, impl, "cpu", (256, 64, 8193), None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+@pytest.mark.parametrize("impl", GPU_IMPLS)
+def test_linear_cross_entropy_on_a_gpu(measure, card, impl, shape, graph):
+    run(measure, impl, "cuda", shape, card, graph=graph)
