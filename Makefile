@@ -6,12 +6,17 @@ EXTRAS ?= minilm,test
 # DeepSpeed looks for ninja, and torch for the C++ compiler, on the PATH.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help install quickstart test lint types bench clean
+# Where `make gpu` keeps what it measured; a stage that is done there is not run again.
+OUT ?= .gpu
+
+.PHONY: help install quickstart test lint types bench bench-cpu gpu clean
 
 help:
 	@echo "make quickstart  corpus, tokenizer, ZeRO-3 training, generation and pictures in about ten minutes"
 	@echo "make test        lint, types and every test"
 	@echo "make bench       the benchmark suite"
+	@echo "make bench-cpu   its CPU cases, about two minutes"
+	@echo "make gpu         tests and benchmarks on this machine's GPU, in stages, into OUT=$(OUT)"
 	@echo "make install     only the virtual environment in $(VENV)"
 
 install: $(BIN)/.scamo-installed
@@ -37,6 +42,12 @@ test: lint types
 
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+bench-cpu: install
+	$(BIN)/python -m pytest benchmarks --benchmark-only -m "not gpu"
+
+gpu: install
+	$(BIN)/python benchmarks/gpu.py --out $(OUT) --minutes 9
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
