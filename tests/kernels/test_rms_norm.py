@@ -89,7 +89,7 @@ def interpreted(environment, tmp_path_factory):
     changes = environment(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     done = subprocess.run(command, capture_output=True, text=True, env=changes, timeout=300)
     assert done.returncode == 0, done.stderr
-    return dict(zip(SHAPES, torch.load(folder / "out.pt"), strict=True))
+    return dict(zip(SHAPES, torch.load(folder / "out.pt", weights_only=True), strict=True))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
@@ -295,7 +295,7 @@ def test_torch_compile_on_a_gpu():
 def main(source: str, destination: str) -> None:
     # Uninitialised tensors are filled with NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.save([both(*case, "triton") for case in torch.load(source)], destination)
+    torch.save([both(*case, "triton") for case in torch.load(source, weights_only=True)], destination)
 
 
 if __name__ == "__main__":
