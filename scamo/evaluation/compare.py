@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from scamo.data.storage import file_record, whole_folder, write_manifest
 from scamo.errors import ScaMoError
+from scamo.evaluation.evaluator import held
 from scamo.evaluation.metrics import bootstrap_interval, expected_r_precision, normalised
 from scamo.evaluation.prompt_files import Prompt, load_prompt_file
 from scamo.motion.measures import physics
@@ -284,7 +285,7 @@ def _generate_and_measure(
             features = [np.asarray(motion.features) for motion in motions]
             short = [len(one) < judge.min_frames for one in features]
             entry.stretched += sum(short)
-            motion_points = judge.embed_motions([_stretched(one, judge.min_frames) for one in features])
+            motion_points = judge.embed_motions([held(one, judge.min_frames) for one in features])
             made = measure_text(text_points, motion_points) | made
         for key, column in made.items():
             values.setdefault(key, []).append(column)
@@ -319,12 +320,6 @@ def measure_text(text: ArrayLike, motion: ArrayLike) -> dict[str, list[float]]:
         hits = expected_r_precision(text, motion, top_k=3, pool=POOL)
         found |= {f"r_precision_{k + 1}": hits[:, k] for k in range(3)}
     return {key: column.tolist() for key, column in found.items()}
-
-
-def _stretched(features: NDArray, frames: int) -> NDArray:
-    """At least `frames` frames, the last one held."""
-    missing = frames - len(features)
-    return np.concatenate((features, np.repeat(features[-1:], missing, axis=0))) if missing > 0 else features
 
 
 def sign_flip_p(differences: ArrayLike, *, flips: int = FLIPS, seed: int = 0) -> float:

@@ -143,6 +143,15 @@ class Evaluator(abc.ABC):
         """Write the evaluator's folder, whole or not at all."""
 
 
+def held(features: NDArray, frames: int) -> NDArray:
+    """features (T, C) with the last frame repeated until there are at least `frames`.
+
+    So that a generated motion shorter than an evaluator takes is measured, and not left out.
+    """
+    missing = frames - len(features)
+    return np.concatenate((features, np.repeat(features[-1:], missing, axis=0))) if missing > 0 else features
+
+
 def load_evaluator(folder: str | Path, device: str | torch.device = "cpu") -> Evaluator:
     """Read an evaluator folder into the class that its config.json names.
 

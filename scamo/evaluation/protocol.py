@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 import scamo
 from scamo.data.dataset import SPLITS, MotionDataset
+from scamo.device import resolve_device
 from scamo.errors import ScaMoError
 from scamo.evaluation import metrics
-from scamo.evaluation.evaluator import Evaluator, check_statistics, load_evaluator
+from scamo.evaluation.evaluator import Evaluator, check_statistics, held, load_evaluator
 from scamo.evaluation.items import UNIT, Draw, draw_humanml3d, draw_strict, source_clips, strict_turns
 from scamo.evaluation.ranks import Ranks
 from scamo.evaluation.report import FORMAT, summary, write_report
@@ -144,7 +145,7 @@ def evaluate_run(
             _check_run_folder(Path(run))
         folder = _dataset_of(run, dataset)
         data = MotionDataset.open(folder)
-        judge = load_evaluator(evaluator, ranks.device(device) if device != "auto" else _auto(ranks))
+        judge = load_evaluator(evaluator, resolve_device(ranks.device(device)))
         judge.check_dataset(data)
         model = None if run is None else ScaMo.load(run, device=ranks.device(device))
         if model is not None:
@@ -170,12 +171,6 @@ def evaluate_run(
         return report
     finally:
         ranks.leave()
-
-
-def _auto(ranks: Ranks) -> Any:
-    from scamo.device import resolve_device
-
-    return resolve_device(ranks.device("auto"))
 
 
 def _check_run_folder(run: Path) -> None:
@@ -508,13 +503,8 @@ class _Evaluation:
         features = [np.asarray(one, dtype=np.float32) for one, _ in gathered]
         self.made += len(features)
         self.at_limit += sum(limited for _, limited in gathered)
-        shortest = self.judge.min_frames
-        for index, motion in enumerate(features):
-            if len(motion) < shortest:
-                # A motion below the evaluator's minimum still counts: its last frame is held.
-                self.too_short += 1
-                features[index] = np.concatenate([motion, np.repeat(motion[-1:], shortest - len(motion), 0)])
-        return features
+        self.too_short += sum(len(motion) < self.judge.min_frames for motion in features)
+        return [held(motion, self.judge.min_frames) for motion in features]
 
     def _several(self, draw: Draw, repeat: int) -> list[Motions]:
         """mm_generations motions for each of the first mm_texts rows: [text][generation]."""

@@ -14,8 +14,8 @@ from scipy.stats import hypergeom
 
 from scamo.data.storage import check_files, read_manifest
 from scamo.errors import ScaMoError
-from scamo.evaluation.compare import _stretched, compare, holm, sign_flip_p, spread
-from scamo.evaluation.evaluator import load_evaluator
+from scamo.evaluation.compare import compare, holm, sign_flip_p, spread
+from scamo.evaluation.evaluator import held, load_evaluator
 from scamo.evaluation.metrics import bootstrap_interval
 from scamo.evaluation.prompt_files import Prompt
 from scamo.motion.motion import Motion
@@ -288,8 +288,8 @@ def test_a_run_against_itself_differs_by_exactly_nothing(runs, prompts, evaluato
 
 def test_a_motion_that_is_too_short_is_held_for_the_evaluator():
     features = np.arange(6.0).reshape(3, 2)
-    assert _stretched(features, 5).tolist() == [[0, 1], [2, 3], [4, 5], [4, 5], [4, 5]]
-    assert _stretched(features, 3) is features
+    assert held(features, 5).tolist() == [[0, 1], [2, 3], [4, 5], [4, 5], [4, 5]]
+    assert held(features, 3) is features
 
 
 def test_sampling_options_reach_the_model(runs, tmp_path):

@@ -17,8 +17,10 @@ from scamo import ScaMo, cli
 from scamo.data.dataset import Caption, DatasetWriter, MotionDataset
 from scamo.errors import ScaMoError
 from scamo.evaluation.evaluator import load_evaluator
+from scamo.evaluation.guo import GuoEvaluator, GuoNetworks, Sizes
 from scamo.evaluation.items import draw_humanml3d, draw_strict, source_clips
 from scamo.evaluation.protocol import Settings, evaluate_run
+from scamo.evaluation.word_vectors import WordVectors
 from scamo.motion import measures
 from scamo.motion.features import features_to_joints
 
@@ -365,6 +367,39 @@ def test_a_tokenizer_of_other_statistics_is_refused(make_run, evaluator, corpus,
     save_file(weights, folder / "tokenizer/model.safetensors")
     with pytest.raises(ScaMoError, match="its tokenizer has other statistics than dataset"):
         measure(run, evaluator)
+
+
+def test_the_published_networks_measure_by_the_captions_tags(make_run, corpus, tmp_path):
+    """Guo et al.'s evaluator through both protocols; its sentences are the tags, not the texts."""
+    source = MotionDataset.open(corpus)
+    sizes = Sizes(263, 12, 10, 16, 8, 6, 14)
+    torch.manual_seed(4)
+    words = WordVectors(
+        np.random.default_rng(0).normal(size=(6, 6)), ["unk", "man", "walk", "slow", "a", "b"]
+    )
+    state = {name: value / 2 for name, value in GuoNetworks(sizes).state_dict().items()}
+    GuoEvaluator.from_parts(state, source.mean, source.std, words).save(tmp_path / "guo")
+    tags = ["a/DET man/NOUN walk/VERB", "b/DET man/NOUN", "slow/ADJ a/DET"]
+    with DatasetWriter(tmp_path / "tagged", statistics=(source.mean, source.std)) as writer:
+        for clip in range(60):
+            captions = [Caption("some text", meta={"tokens": tags[clip % 3]})]
+            writer.add_clip(str(clip), source.clip_features(clip), "val", captions)
+    judge, dataset = load_evaluator(tmp_path / "guo"), MotionDataset.open(tmp_path / "tagged")
+    for settings in (
+        replace(QUICK, repeats=1, split="val", mm_texts=0),
+        replace(STRICT, split="val", mm_texts=0),
+    ):
+        report = measure(make_run(5), tmp_path / "guo", settings, dataset=dataset.folder, out=tmp_path / "r")
+        assert report["evaluator"]["kind"] == "GuoEvaluator"
+        if settings.protocol == "strict":
+            draw = draw_strict(dataset, dataset.items("val"), 0)
+        else:
+            items = np.array([i for i in dataset.items("val") if 40 <= dataset.item_lengths[i] < 200])
+            draw = draw_humanml3d(dataset, items, (0, 0, 0))
+        texts = judge.embed_texts(["-"] * len(draw.items), [tags[int(item) % 3] for item in draw.items])
+        points = judge.embed_motions(draw.features(dataset))
+        expected = np.mean([euclidean(a, b) for a, b in zip(texts, points, strict=True)])
+        assert rows_of(report)["real"]["matching"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_source_clips_of_the_corpus_are_all_different(corpus):
