@@ -161,7 +161,7 @@ def tokenizer_evaluate(
     tokenizer: Positional[Path],
     dataset: Positional[Path],
     *,
-    split: Literal["train", "val", "test"] = "test",
+    split: Literal["train", "val", "test"] = "val",
     device: str = "auto",
 ) -> None:
     """Print the reconstruction error and the codebook use of a tokenizer as JSON.
@@ -169,7 +169,7 @@ def tokenizer_evaluate(
     Args:
         tokenizer: the tokenizer folder.
         dataset: the dataset folder.
-        split: which part of it.
+        split: which part of it; `scamo evaluate` has the tokenizer's row on the test split.
         device: auto, cpu or cuda.
     """
     import json

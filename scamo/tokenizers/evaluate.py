@@ -123,7 +123,7 @@ def evaluate_tokenizer(
     folder: str | Path,
     dataset_folder: str | Path,
     *,
-    split: str = "test",
+    split: str = "val",
     device: str = "auto",
     progress: bool = True,
 ) -> dict[str, Any]:

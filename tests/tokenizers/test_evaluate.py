@@ -86,7 +86,7 @@ def test_numbers_equal_numpy(trained, corpus):
 def test_an_empty_split(trained, tmp_path):
     with DatasetWriter(tmp_path / "set") as writer:
         writer.add_clip("c", np.ones((12, 263), np.float32), "train", [Caption("moves")])
-    with pytest.raises(ScaMoError, match="set: the split test is empty"):
+    with pytest.raises(ScaMoError, match="set: the split val is empty"):
         evaluate_tokenizer(trained, tmp_path / "set", device="cpu", progress=False)
     with pytest.raises(ScaMoError, match="split 'half': expected one of train, val, test"):
         evaluate_tokenizer(trained, tmp_path / "set", split="half", device="cpu", progress=False)
