@@ -45,7 +45,6 @@ class PackedBatch:
     text_states (text tokens, text width) float32 and motion_tokens (motion inputs,) int64 fill the rows
     text_rows and motion_rows (int64) of the packed sequence; together these are all N rows.
     cu_seqlens int32 (B + 1), prefix_lengths int32 (B,): text rows per sample.
-    positions int32 (N,): 0, 1, ... per sample, running on from text into motion.
     scored_rows, targets int64 (S,), S = motion inputs + B: targets[i] in [0, K] is what row scored_rows[i]
     predicts, K being EOS. max_seqlen: longest sample. item_ids, caption_ids int64 (B,).
     """
@@ -56,7 +55,6 @@ class PackedBatch:
     motion_rows: torch.Tensor
     cu_seqlens: torch.Tensor
     prefix_lengths: torch.Tensor
-    positions: torch.Tensor
     scored_rows: torch.Tensor
     targets: torch.Tensor
     max_seqlen: int
@@ -70,7 +68,7 @@ class PackedBatch:
     @property
     def n_positions(self) -> int:
         """Text + motion positions that the transformer computes: N."""
-        return self.positions.shape[0]
+        return self.text_rows.shape[0] + self.motion_rows.shape[0]
 
     @property
     def n_scored(self) -> int:
@@ -131,7 +129,6 @@ def collate(samples: Sequence[Sample], eos: int) -> PackedBatch:
         motion_rows=torch.from_numpy(motion_rows),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         prefix_lengths=torch.from_numpy(prefix.astype(np.int32)),
-        positions=torch.from_numpy(_ranges(length).astype(np.int32)),
         scored_rows=torch.from_numpy(scored_rows),
         targets=torch.from_numpy(targets),
         max_seqlen=int(length.max()),

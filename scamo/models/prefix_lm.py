@@ -25,14 +25,13 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
-from scamo_kernels import prefix_causal_attention
+from scamo_kernels import decode_attention, rotary_prefix_attention
 from torch import Tensor, nn
 
 from scamo.config import ModelConfig
 from scamo.data.batches import PackedBatch
 from scamo.errors import ScaMoError
-from scamo.models.layers import Block, Head, Linear, RMSNorm, rotary_table, small_init
+from scamo.models.layers import Block, Head, Linear, RMSNorm, rotary_table, rotate, small_init, storage_dim
 
 
 class LMOutput(NamedTuple):
@@ -50,8 +49,9 @@ class LMOutput(NamedTuple):
 class KVCache:
     """Keys and values of every layer, written in place.
 
-    states (layers, 2, rows, H, capacity, D): keys (rotated) and values; lengths int64 (rows,): positions that
-    are filled; longest: the longest row there ever was, known without asking the device.
+    states (layers, 2, rows, H, capacity, columns of a head): keys (rotated) and values; lengths int64
+    (rows,): positions that are filled; longest: the longest row there ever was, known without asking the
+    device.
     """
 
     states: Tensor
@@ -86,21 +86,24 @@ class PrefixLM(nn.Module):
     projection normal with std 0.02 and 1 / sqrt(text width), bias 0, norms 1.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        """Raises ScaMoError when config.codes or config.text_width is 0 (to be filled from a dataset)."""
+    def __init__(self, config: ModelConfig, *, impl: str = "auto") -> None:
+        """impl: of all kernels, as the ops of scamo_kernels take it.
+
+        Raises ScaMoError when config.codes or config.text_width is 0 (to be filled from a dataset).
+        """
         super().__init__()
         for name in ("codes", "text_width"):
             if getattr(config, name) < 1:
                 raise ScaMoError(f"model.{name} = {getattr(config, name)}: expected a value above 0")
-        self.config = config
+        self.config, self.impl = config, impl
         width = config.width
         self.embedding = nn.Embedding(config.codes + 2, width)
         self.text_projection = Linear(config.text_width, width)
         self.blocks = nn.ModuleList(
-            Block(width, config.heads, config.hidden, config.norm_eps) for _ in range(config.layers)
+            Block(width, config.heads, config.hidden, config.norm_eps, impl) for _ in range(config.layers)
         )
-        self.norm = RMSNorm(width, config.norm_eps)
-        self.head = Head(width, config.codes + 1)
+        self.norm = RMSNorm(width, config.norm_eps, impl)
+        self.head = Head(width, config.codes + 1, impl)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -145,15 +148,15 @@ class PrefixLM(nn.Module):
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """(S, C): the normalised last hidden states of the scored rows."""
         self._check_length(batch.max_seqlen)
-        x = torch.zeros(batch.n_positions, self.config.width, dtype=self.dtype, device=batch.positions.device)
+        x = torch.zeros(batch.n_positions, self.config.width, dtype=self.dtype, device=batch.targets.device)
         x = x.index_copy(0, batch.text_rows, self.text_projection(batch.text_states.to(self.dtype)))
         x = x.index_copy(0, batch.motion_rows, self.embedding(batch.motion_tokens))
-        turn = self._table(x.device)[batch.positions]
+        rope, branch = self._rope(x.device), None
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             rows = batch.scored_rows if index == last else None
-            x = block(x, turn, batch.cu_seqlens, batch.prefix_lengths, batch.max_seqlen, rows)
-        return self.norm(x)
+            x, branch = block(x, branch, rope, batch.cu_seqlens, batch.prefix_lengths, batch.max_seqlen, rows)
+        return self.norm(x, branch)[0]
 
     @torch.no_grad()
     def prefill(self, texts: list[Tensor], new_tokens: int) -> tuple[KVCache, Tensor]:
@@ -183,22 +186,27 @@ class PrefixLM(nn.Module):
         prefix_lengths = prefix.to(torch.int32)
 
         x = self.text_projection(torch.cat(texts).to(device, self.dtype))
-        turn = self._table(device)[position]
+        rope, branch = self._rope(device), None
+        storage = 2 * rope.shape[1]
         states = x.new_zeros(
-            len(self.blocks),
-            2,
-            len(texts),
-            self.config.heads,
-            longest + new_tokens,
-            self.config.head_dim,
+            len(self.blocks), 2, len(texts), self.config.heads, longest + new_tokens, storage
         )
         for block, layer in zip(self._blocks(), states, strict=True):
-            q, k, v = block.project(x, turn)
-            layer[0][sample, :, position] = k
-            layer[1][sample, :, position] = v
-            attended = prefix_causal_attention(q, k, v, cu_seqlens, prefix_lengths, max_seqlen=longest)
-            x = block.finish(x, attended)
-        logits = self.head(self.norm(x[cu_seqlens[1:].long() - 1]))
+            qkv, x = block.project(x, branch, storage)
+            layer[0][sample, :, position] = rotate(qkv[:, 1], rope[position])
+            layer[1][sample, :, position] = qkv[:, 2]
+            attended = rotary_prefix_attention(
+                qkv,
+                rope,
+                cu_seqlens,
+                prefix_lengths,
+                max_seqlen=longest,
+                scale=block.scale,
+                impl=self.impl,
+            )
+            x, branch = block.finish(x, attended)
+        normed, _ = self.norm(x, branch)
+        logits = self.head(normed[cu_seqlens[1:].long() - 1])
         return KVCache(states, prefix, longest), logits
 
     @torch.no_grad()
@@ -210,30 +218,25 @@ class PrefixLM(nn.Module):
         """
         if cache.longest >= cache.states.shape[-2]:
             raise ScaMoError(f"the cache is full: it has room for {cache.states.shape[-2]} positions")
-        row = torch.arange(cache.rows, device=tokens.device)
-        position = cache.lengths.clone()
+        x, branch = self.embedding(tokens), None
+        rope = self._rope(x.device)
+        for block, layer in zip(self._blocks(), cache.states, strict=True):
+            qkv, x = block.project(x, branch, 2 * rope.shape[1])
+            attended = decode_attention(
+                qkv, layer[0], layer[1], cache.lengths, rope, scale=block.scale, impl=self.impl
+            )
+            x, branch = block.finish(x, attended)
         cache.lengths += 1
         cache.longest += 1
-        x = self.embedding(tokens)
-        turn = self._table(x.device)[position]
-        seen = torch.arange(cache.longest, device=x.device) <= position[:, None]
-        for block, layer in zip(self._blocks(), cache.states, strict=True):
-            q, k, v = block.project(x, turn)
-            layer[0][row, :, position] = k
-            layer[1][row, :, position] = v
-            keys, values = layer[:, :, :, : cache.longest]
-            attended = F.scaled_dot_product_attention(
-                q[:, :, None], keys, values, attn_mask=seen[:, None, None]
-            )
-            x = block.finish(x, attended[:, :, 0])
-        return self.head(self.norm(x))
+        return self.head(self.norm(x, branch)[0])
 
     def _blocks(self) -> Iterator[Block]:
         return (cast(Block, block) for block in self.blocks)
 
-    def _table(self, device: torch.device) -> Tensor:
+    def _rope(self, device: torch.device) -> Tensor:
         config = self.config
-        return rotary_table(config.max_positions, config.head_dim, config.rope_base, device)
+        storage = storage_dim(config.head_dim, device)
+        return rotary_table(config.max_positions, config.head_dim, storage, config.rope_base, device)
 
     def _check_length(self, length: int) -> None:
         if length > self.config.max_positions:

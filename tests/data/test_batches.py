@@ -53,7 +53,6 @@ def test_collate_equals_the_slow_reference(shapes):
     rows, scored = slow_reference(samples)
 
     assert batch.n_positions == len(rows)
-    assert batch.positions.tolist() == [position for position, _ in rows]
     assert list(zip(batch.scored_rows.tolist(), batch.targets.tolist(), strict=True)) == scored
     assert batch.n_scored == len(scored) == sum(m for _, m in shapes) + len(shapes)
     assert sorted(batch.text_rows.tolist() + batch.motion_rows.tolist()) == list(range(len(rows)))
@@ -70,7 +69,7 @@ def test_collate_equals_the_slow_reference(shapes):
 
 def test_collate_dtypes_and_device():
     batch = collate([make_sample(np.random.default_rng(0), 3, 4)], EOS)
-    for name in ("cu_seqlens", "prefix_lengths", "positions"):
+    for name in ("cu_seqlens", "prefix_lengths"):
         assert getattr(batch, name).dtype == torch.int32, name
     for name in ("motion_tokens", "text_rows", "motion_rows", "scored_rows", "targets", "item_ids"):
         assert getattr(batch, name).dtype == torch.int64, name
