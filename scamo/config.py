@@ -227,6 +227,8 @@ class ModelConfig:
 
     size names a row of Tab. 1; layers, heads and width override it, and stand alone when size is "".
     codes (the number K of motion tokens) and text_width are taken from the dataset when they are 0.
+    text: "words", all text states as a bidirectional prefix (ScaMo), or "sentence", their mean as a prefix of
+        one position: a sentence embedding and causal attention (the T2M-GPT style of the paper's Tab. 2).
     """
 
     size: str = "44M"
@@ -237,6 +239,7 @@ class ModelConfig:
     text_width: int = 0
     max_text: int = 150
     max_motion: int = 50
+    text: str = "words"
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
 
@@ -248,6 +251,7 @@ class ModelConfig:
             for name, value in (("layers", layers), ("heads", heads), ("width", width)):
                 object.__setattr__(self, name, getattr(self, name) or value)
         _positive(self, "layers", "heads", "width", "max_text", "max_motion")
+        _one_of(self, "text", "words", "sentence")
         if self.width % self.heads:
             raise ScaMoError(f"width = {self.width} does not divide by heads = {self.heads}")
         if self.head_dim % 4 or self.head_dim > 128:
@@ -291,6 +295,12 @@ class TrainingConfig:
     micro_batch_tokens: positions (text + motion) of one packed micro-batch at most.
     micro_batches: micro-batches of a step over all ranks; ranks x accumulation must equal it.
     drop_token: probability that a sample loses one token at its head or tail (released code: 1/3).
+    weight_decay: of matrices; norms, biases and the embedding have none.
+    ema_decay: of the moving average of the weights, which is exported beside them; 0 for none.
+    checkpoint_activations: keep only the blocks' inputs, and compute the blocks again in the backward.
+    kernels: the implementation of all kernels: auto, triton or torch.
+    keep_checkpoints: the newest so many stay; keep_every: those of steps that it divides stay too (0: none).
+    peak_tflops: dense bfloat16 TFLOP/s of one device, for MFU; 0 takes what its maker states, if known.
     """
 
     run: str = "runs/scamo"
@@ -305,11 +315,16 @@ class TrainingConfig:
     warmup_ratio: float = 0.1
     clip_norm: float = 1.0
     drop_token: float = 1 / 3
+    ema_decay: float = 0.0
+    checkpoint_activations: bool = False
+    kernels: str = "auto"
     validate_every: int = 1000
     validate_batches: int = 0
     save_every: int = 1000
     keep_checkpoints: int = 2
+    keep_every: int = 0
     log_every: int = 10
+    peak_tflops: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -317,8 +332,18 @@ class TrainingConfig:
             self, "steps", "micro_batch_tokens", "micro_batches", "learning_rate", "validate_every",
             "save_every", "keep_checkpoints", "log_every",
         )  # fmt: skip
+        _one_of(self, "kernels", "auto", "triton", "torch")
+        for name in ("keep_every", "peak_tflops", "validate_batches", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ScaMoError(f"{name} = {getattr(self, name)}: expected 0 or more")
+        if self.keep_every % self.save_every:
+            raise ScaMoError(
+                f"keep_every = {self.keep_every}: expected a multiple of save_every = {self.save_every}"
+            )
         if not 0 <= self.drop_token <= 1:
             raise ScaMoError(f"drop_token = {self.drop_token}: expected a probability in [0, 1]")
+        if not 0 <= self.ema_decay < 1:
+            raise ScaMoError(f"ema_decay = {self.ema_decay}: expected a decay in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -334,6 +359,11 @@ def _positive(config: Any, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
             raise ScaMoError(f"{name} = {getattr(config, name)}: expected a value above 0")
+
+
+def _one_of(config: Any, name: str, *choices: str) -> None:
+    if getattr(config, name) not in choices:
+        raise ScaMoError(f"{name} = {getattr(config, name)!r}: expected {' or '.join(choices)}")
 
 
 def load_config(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()) -> T:

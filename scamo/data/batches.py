@@ -177,6 +177,7 @@ class BatchPlan:
         drop_token: probability.
         max_text: text positions at most.
         max_motion: motion tokens at most.
+        sentence: a caption's states are averaged to one position.
         name_of: item id -> name, for messages.
 
     Raises:
@@ -197,6 +198,7 @@ class BatchPlan:
         drop_token: float = 1 / 3,
         max_text: int = 150,
         max_motion: int = 50,
+        sentence: bool = False,
         name_of: Callable[[int], str] = str,
     ) -> None:
         if seed < 0 or micro_batches < 1 or not 0 <= drop_token <= 1:
@@ -206,7 +208,7 @@ class BatchPlan:
             )
         self.seed, self.drop_token = seed, drop_token
         self.micro_batch_tokens, self.micro_batches = micro_batch_tokens, micro_batches
-        self.max_text, self.max_motion = max_text, max_motion
+        self.max_text, self.max_motion, self.sentence = max_text, max_motion, sentence
         self.tokens: TokenStore | None = None
         self.text: TextStore | None = None
 
@@ -221,7 +223,7 @@ class BatchPlan:
         self._motion = motion_lengths[kept]
         self._first = np.asarray(first_captions, dtype=np.int64)[kept]
         self._counts = np.asarray(caption_counts, dtype=np.int64)[kept]
-        self._text = np.minimum(np.asarray(text_lengths, dtype=np.int64), max_text)
+        self._text = np.minimum(np.asarray(text_lengths, dtype=np.int64), 1 if sentence else max_text)
         if not len(self.items):
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.excluded.items())
             raise ScaMoError(f"no item to train on: of {len(kept)}, {reasons}")
@@ -271,6 +273,7 @@ class BatchPlan:
             drop_token=training.drop_token,
             max_text=model.max_text,
             max_motion=model.max_motion,
+            sentence=model.text == "sentence",
             name_of=dataset.item_name,
         )
         plan.tokens, plan.text = tokens, text
@@ -293,6 +296,11 @@ class BatchPlan:
         """Text and motion positions of the whole step, over all ranks."""
         first = self._plan(step)
         return sum(self._positions[first : first + self.micro_batches])
+
+    def text_rows(self, states: NDArray) -> NDArray:
+        """What of a caption's states (P, width) stands before the motion."""
+        states = states[: self.max_text]
+        return states.astype(np.float32).mean(0, keepdims=True) if self.sentence else states
 
     def epochs(self, step: int) -> float:
         """Passes over the items that are done before `step`."""
@@ -457,7 +465,7 @@ class PackedLoader:
         for item, caption, drop in draws:
             motion = self._tokens[item]
             motion = motion[1:] if drop == 1 else motion[:-1] if drop == 2 else motion
-            samples.append(Sample(self._text[caption][: self.plan.max_text], motion, item, caption))
+            samples.append(Sample(self.plan.text_rows(self._text[caption]), motion, item, caption))
         return collate(samples, self._tokens.codes)
 
 
@@ -486,7 +494,7 @@ def validation_batches(
         if not 1 <= len(motion) <= plan.max_motion:
             continue
         caption = int(dataset.captions_of(item)[0])
-        sample = Sample(text[caption][: plan.max_text], motion, item, caption)
+        sample = Sample(plan.text_rows(text[caption]), motion, item, caption)
         length = len(sample.text) + len(motion)
         if length > plan.micro_batch_tokens:
             raise ScaMoError(

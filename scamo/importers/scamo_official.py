@@ -212,9 +212,11 @@ def infer_transformer(tensors: Mapping[str, Tensor], where: str | Path, heads: i
             f"{where}: {layers} layers of width {width} are none of the paper's sizes, and the weights do "
             "not tell the number of heads: give heads"
         )
-    shape = {} if size else {"layers": layers, "width": width}
+    layers, width = (0, 0) if size else (layers, width)
     try:
-        config = ModelConfig(size=size, heads=heads, codes=rows - 2, text_width=text_width, **shape)
+        config = ModelConfig(
+            size=size, layers=layers, heads=heads, width=width, codes=rows - 2, text_width=text_width
+        )
     except ScaMoError as error:
         raise ScaMoError(f"{where}: {error}") from None
     check_shapes(tensors, _expected(config, tied=head_rows == rows), str(where))

@@ -27,6 +27,7 @@ from typing import NamedTuple, cast
 import torch
 from scamo_kernels import decode_attention, rotary_prefix_attention
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from scamo.config import ModelConfig
 from scamo.data.batches import PackedBatch
@@ -86,8 +87,12 @@ class PrefixLM(nn.Module):
     projection normal with std 0.02 and 1 / sqrt(text width), bias 0, norms 1.
     """
 
-    def __init__(self, config: ModelConfig, *, impl: str = "auto") -> None:
+    def __init__(
+        self, config: ModelConfig, *, impl: str = "auto", checkpoint_activations: bool = False
+    ) -> None:
         """impl: of all kernels, as the ops of scamo_kernels take it.
+
+        checkpoint_activations: keep only the blocks' inputs, and compute the blocks again in the backward.
 
         Raises ScaMoError when config.codes or config.text_width is 0 (to be filled from a dataset).
         """
@@ -96,6 +101,7 @@ class PrefixLM(nn.Module):
             if getattr(config, name) < 1:
                 raise ScaMoError(f"model.{name} = {getattr(config, name)}: expected a value above 0")
         self.config, self.impl = config, impl
+        self.checkpoint_activations = checkpoint_activations
         width = config.width
         self.embedding = nn.Embedding(config.codes + 2, width)
         self.text_projection = Linear(config.text_width, width)
@@ -155,7 +161,11 @@ class PrefixLM(nn.Module):
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             rows = batch.scored_rows if index == last else None
-            x, branch = block(x, branch, rope, batch.cu_seqlens, batch.prefix_lengths, batch.max_seqlen, rows)
+            inputs = x, branch, rope, batch.cu_seqlens, batch.prefix_lengths, batch.max_seqlen, rows
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, branch = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, branch = block(*inputs)
         return self.norm(x, branch)[0]
 
     @torch.no_grad()
@@ -171,6 +181,9 @@ class PrefixLM(nn.Module):
         lengths = [text.shape[0] for text in texts]
         if min(lengths) < 1:
             raise ScaMoError(f"text {lengths.index(0)} has no states: expected at least one")
+        if self.config.text == "sentence":
+            texts = [text.float().mean(0, keepdim=True) for text in texts]
+            lengths = [1] * len(texts)
         longest = max(lengths)
         self._check_length(longest + new_tokens)
         device = self.embedding.weight.device

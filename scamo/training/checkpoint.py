@@ -194,10 +194,11 @@ def newest_checkpoint(
     raise ScaMoError(f"{folder}: none of its {len(checkpoints)} checkpoints is whole")
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Keep the newest `keep`; older ones go, and whatever is not sealed."""
+def prune_checkpoints(folder: Path, keep: int, every: int = 0) -> None:
+    """Keep the newest `keep` and the steps that `every` divides; others go, and what is not sealed."""
     whole = [p for p in list_checkpoints(folder) if (p / COMPLETE).is_file()]
-    for checkpoint in set(list_checkpoints(folder)) - set(whole[-keep:]):
+    kept = {*whole[-keep:], *(p for p in whole if every and step_of(p) % every == 0)}
+    for checkpoint in set(list_checkpoints(folder)) - kept:
         remove_checkpoint(checkpoint)
 
 

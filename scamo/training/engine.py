@@ -97,6 +97,17 @@ class Ranks:
         dist.destroy_process_group()
 
 
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: what decays, and the norms, biases and embeddings, which do not."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        (free if parameter.ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
+    groups = (decayed, weight_decay), (free, 0.0)
+    return [{"params": group, "weight_decay": decay} for group, decay in groups if group]
+
+
 def build_engine(
     model: nn.Module, ds_config: dict[str, Any], training: TrainingConfig, device: torch.device
 ) -> Any:
@@ -116,11 +127,10 @@ def build_engine(
     from pydantic import ValidationError
 
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        parameter_groups(model, training.weight_decay),
         lr=training.learning_rate,
         betas=training.betas,
         eps=training.eps,
-        weight_decay=training.weight_decay,
         fused=True,
     )
     try:

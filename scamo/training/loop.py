@@ -31,6 +31,7 @@ from scamo.errors import ScaMoError
 from scamo.generation.export import check_codes, export_model
 from scamo.models.losses import unigram_cross_entropy
 from scamo.models.prefix_lm import PrefixLM
+from scamo.scaling.flops import attended_pairs, stated_peak, training_flops
 from scamo.tokenizers import load_tokenizer
 from scamo.training import checkpoint as ckpt
 from scamo.training.ds_config import read_ds_config, resolve_ds_config, resolve_precision
@@ -50,7 +51,10 @@ from scamo.training.schedule import learning_rate
 FORMAT = "scamo-run-1"
 STATUS_NAN = 13
 # Keys of [training] that a resumed run may change: none of them moves the curve.
-FREE_KEYS = {"run", "validate_every", "validate_batches", "save_every", "keep_checkpoints", "log_every"}
+FREE_KEYS = {
+    *("run", "validate_every", "validate_batches", "save_every", "keep_checkpoints", "keep_every"),
+    *("log_every", "peak_tflops", "checkpoint_activations"),
+}
 
 
 @dataclass
@@ -107,7 +111,11 @@ def train(
     job = _prepare(config, ds_config, world, resume=resume, overwrite=overwrite)
     ranks = Ranks(world, job.device)
     torch.manual_seed(config.training.seed)
-    model = PrefixLM(job.config.model)
+    model = PrefixLM(
+        job.config.model,
+        impl=config.training.kernels,
+        checkpoint_activations=config.training.checkpoint_activations,
+    )
     engine = build_engine(model, job.ds_config, job.training, job.device)
     status = _Loop(job, ranks, engine, parameters=_count(model)).run(resume=resume, overwrite=overwrite)
     ranks.close()
@@ -242,6 +250,8 @@ class _Loop:
         self.log: RunLog | None = None
         self.bar = Progress(0, 0, show=False)
         self.saved_step = -1
+        # FLOP/s of one device, 0 if unknown.
+        self.peak = 1e12 * self.training.peak_tflops or stated_peak(device_facts(job.device)[0])
 
     # -- the run ---------------------------------------------------------------------------------------------
 
@@ -331,8 +341,10 @@ class _Loop:
         for step in range(start, training.steps):
             self.stop.beat()
             began = time.perf_counter()
-            batches = [batch.to(self.job.device, non_blocking=True) for batch in next(steps)]
+            packed = next(steps)
             waited = time.perf_counter() - began
+            pairs = sum(attended_pairs(b.cu_seqlens.diff(), b.prefix_lengths) for b in packed)
+            batches = [batch.to(self.job.device, non_blocking=True) for batch in packed]
             scored = plan.scored(step)
             rate = learning_rate(step, training)
             set_learning_rate(engine, rate)
@@ -346,11 +358,11 @@ class _Loop:
                 sums.append(loss_sum.detach())
                 if index + 1 < len(batches):
                     engine.step()
-            facts = torch.tensor([self.stop.signum, waited], dtype=torch.float64, device=self.job.device)
+            facts = torch.tensor([self.stop.signum, waited, pairs], dtype=torch.float64).to(self.job.device)
             bad = (~gradients_finite(engine)).double().reshape(1)
             table = ranks.gather_vector(torch.cat([facts, bad, torch.stack(sums).double()]))
-            losses = _in_order(table[:, 3:])
-            if bool(table[:, 2].any()) or not all(map(math.isfinite, losses)):
+            losses = _in_order(table[:, 4:])
+            if bool(table[:, 3].any()) or not all(map(math.isfinite, losses)):
                 self._report_nan(step, losses, batches)
                 return STATUS_NAN, step
             engine.step()
@@ -364,6 +376,7 @@ class _Loop:
                 seconds=seconds,
                 positions=plan.positions(step),
                 scored=scored,
+                pairs=int(table[:, 2].sum()),
                 waited=float(table[:, 1].max()),
             )
             if ranks.rank == 0:
@@ -386,6 +399,9 @@ class _Loop:
     def _log_step(self, done: int, loss: float, rate: float, window: _Window) -> None:
         assert self.log is not None
         norm = self.engine.get_global_grad_norm()
+        flops = training_flops(
+            self.job.config.model, positions=window.positions, scored=window.scored, pairs=window.pairs
+        )
         self.log.write(
             "train",
             step=done,
@@ -396,6 +412,8 @@ class _Loop:
             motion_tokens=window.scored,
             positions_per_s=round(window.positions / window.seconds, 1),
             motion_tokens_per_s=round(window.scored / window.seconds, 1),
+            tflops_per_device=round(flops / window.seconds / self.ranks.size / 1e12, 4),
+            mfu=round(flops / window.seconds / self.ranks.size / self.peak, 4) if self.peak else None,
             epoch=round(self.job.plan.epochs(done), 4),
             steps=window.steps,
             seconds=round(window.seconds, 4),
@@ -499,7 +517,7 @@ class _Loop:
         if ranks.rank == 0:
             lacking = ckpt.missing_space(job.folder, self._checkpoint_bytes())
             if lacking:
-                ckpt.prune_checkpoints(job.checkpoints, 1)
+                ckpt.prune_checkpoints(job.checkpoints, 1, self.training.keep_every)
                 lacking = ckpt.missing_space(job.folder, self._checkpoint_bytes())
         lacking = ranks.gather(lacking)[0]
         if lacking:
@@ -527,7 +545,7 @@ class _Loop:
             raise
         self.saved_step = done
         if ranks.rank == 0:
-            ckpt.prune_checkpoints(job.checkpoints, self.training.keep_checkpoints)
+            ckpt.prune_checkpoints(job.checkpoints, self.training.keep_checkpoints, self.training.keep_every)
             if self.log:
                 size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
                 seconds = round(time.perf_counter() - began, 3)
@@ -584,13 +602,15 @@ class _Window:
     seconds: float = 0.0
     positions: int = 0
     scored: int = 0
+    pairs: int = 0
     waited: float = 0.0
 
-    def add(self, *, seconds: float, positions: int, scored: int, waited: float) -> None:
+    def add(self, *, seconds: float, positions: int, scored: int, pairs: int, waited: float) -> None:
         self.steps += 1
         self.seconds += seconds
         self.positions += positions
         self.scored += scored
+        self.pairs += pairs
         self.waited += waited
 
 

@@ -226,6 +226,16 @@ def plan_of(motion, text, **options):
     )
 
 
+def test_a_sentence_takes_one_position():
+    plan, motion, *_ = make_plan(sentence=True, drop_token=0.0)
+    longest = {100 + item: 1 + int(m) for item, m in enumerate(motion)}
+    draws = stream(plan, 10)
+    assert sum(plan.positions(step) for step in range(10)) == sum(longest[draw.item] for draw in draws)
+    states = np.arange(12, dtype=np.float16).reshape(4, 3)
+    assert plan.text_rows(states).tolist() == [[4.5, 5.5, 6.5]]
+    assert make_plan(max_text=3)[0].text_rows(states).tolist() == states[:3].tolist()
+
+
 def test_items_that_do_not_fit_are_excluded_and_counted_or_named():
     plan = plan_of([0, 5, 51, 50], [4, 4, 4, 4])
     assert plan.items.tolist() == [1, 3]

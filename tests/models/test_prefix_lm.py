@@ -140,6 +140,40 @@ def test_generation_with_heads_stored_wider(monkeypatch):
         torch.testing.assert_close(wide, plain, atol=1e-5, rtol=0)
 
 
+def test_activation_checkpointing_changes_no_bit():
+    batch = collate(make_samples(SHAPES), K)
+    results = []
+    for checkpointed in (False, True):
+        model = make_model(dtype=torch.float32)
+        model.checkpoint_activations = checkpointed
+        saved = 0
+
+        def count(tensor):
+            nonlocal saved
+            saved += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            output = model(batch)
+        output.loss_sum.backward()
+        results.append((saved, output.losses, [p.grad for p in model.parameters()]))
+    (much, losses, grads), (little, same_losses, same_grads) = results
+    assert little < much / 2
+    assert torch.equal(losses, same_losses)
+    assert all(map(torch.equal, grads, same_grads))
+
+
+def test_a_sentence_is_the_mean_of_its_words_and_attention_is_causal():
+    model = make_model(replace(CONFIG, text="sentence"), dtype=torch.float32)
+    texts = [torch.from_numpy(sample.text) for sample in make_samples(SHAPES)]
+    cache, logits = model.prefill(texts, 1)
+    assert cache.lengths.tolist() == [1] * len(texts)
+    for row, text in enumerate(texts):
+        sample = Sample(text.mean(0, keepdim=True).numpy(), np.array([0]))
+        expected = model.logits(collate([sample], K))[0]
+        torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=0)
+
+
 def test_later_motion_never_reaches_earlier_logits():
     model = make_model()
     (sample,) = make_samples([(5, 8)])

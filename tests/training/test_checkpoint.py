@@ -84,6 +84,14 @@ def test_keep_counts_whole_ones_only(folder):
     assert [p.name for p in ckpt.list_checkpoints(folder)] == ["step-0000020", "step-0000030"]
 
 
+def test_every_nth_step_is_kept(folder):
+    for step in (40, 50):
+        save(folder, step)
+    ckpt.prune_checkpoints(folder, 1, every=20)
+    kept = [p.name for p in ckpt.list_checkpoints(folder)]
+    assert kept == ["step-0000020", "step-0000040", "step-0000050"]
+
+
 def test_a_failing_write_leaves_no_checkpoint(folder):
     def write(target):
         (target / "half").write_bytes(b"half")

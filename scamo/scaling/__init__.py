@@ -1,0 +1,1 @@
+"""How much a model computes: the counts behind MFU, plans and scaling laws."""
