@@ -33,7 +33,6 @@ def test_peers_match_the_reference(case, name, way):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ATTENTION_PEERS)
 @pytest.mark.parametrize("case", [ODD, BLOCKS], ids=str)
 def test_peers_match_the_reference_on_a_gpu(case, name):

@@ -196,7 +196,6 @@ def test_torch_is_numpy_and_a_batch_is_its_motions(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", MEASURES)
 def test_cuda_is_numpy(name):
     made, true = walking((4, 40), 2), walking((4, 40), 3)
