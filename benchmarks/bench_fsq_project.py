@@ -13,7 +13,10 @@ WIDTH = 512
 GPU = pytest.mark.gpu
 # (rows, dtype, device, replayed as a CUDA graph); 4,096 to 16,384 rows are training sizes.
 CASES = [
-    pytest.param(2048, torch.float32, "cpu", False, id="N2048-float32-cpu"),
+    *(
+        pytest.param(2048, dtype, "cpu", False, id=f"N2048-{dtype}-cpu")
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
     *(
         pytest.param(n, dtype, "cuda", graph, marks=GPU, id=f"N{n}-{dtype}-cuda{'-graph' * graph}")
         for n in (4096, 16384, 65536)
@@ -97,5 +100,6 @@ def test_fsq_project(measure, impl, rows, dtype, device, graph):
     size, channels = dtype.itemsize, len(LEVELS)
     weights = (2 * WIDTH + 1) * channels + WIDTH
     moved = len(inputs[0]) * (5 * WIDTH * size + 8 * channels + 4) + 3 * weights * size
-    group = f"fsq_project-N{rows}-W{WIDTH}-{dtype}-{device}{' graph' * graph} forward+backward"
+    kind = str(dtype).removeprefix("torch.")
+    group = f"fsq_project-N{rows}-W{WIDTH}-{kind}-{device}{' graph' * graph} forward+backward"
     measure(group, impl, lambda: call(project), call(eager), dtype, moved, graph=graph)

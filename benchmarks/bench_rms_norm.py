@@ -37,6 +37,9 @@ def adder(impl: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]
     """(x, residual, weight) -> normalised, x + residual."""
     if impl in ("torch", "triton"):
         return lambda x, residual, weight: scamo_kernels.add_rms_norm(x, residual, weight, eps=EPS, impl=impl)
+    if impl == "liger":
+        functional = pytest.importorskip("liger_kernel.transformers.functional")
+        return lambda *tensors: functional.liger_fused_add_rms_norm(*tensors, EPS, in_place=False)
     norm = normaliser("F.rms_norm" if impl == "compiled" else impl)
 
     def add(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,9 +52,10 @@ def adder(impl: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]
     return add
 
 
-def run(measure, impl: str, device: str, shape: tuple[int, int], add: bool, card, **keywords) -> None:
+def run(
+    measure, impl: str, device: str, shape: tuple[int, int], add: bool, dtype: torch.dtype, card, **keywords
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     x, residual, grad, further = torch.randn(4, *shape, generator=generator).to(device, dtype)
     weight = (1 + torch.randn(shape[1], generator=generator) / 4).to(device, dtype)
     inputs = [t.clone().requires_grad_() for t in ((x, residual, weight) if add else (x, weight))]
@@ -72,15 +76,17 @@ def run(measure, impl: str, device: str, shape: tuple[int, int], add: bool, card
     if card is not None:
         keywords["floor"] = floors.rms_norm(*shape, card, way=floors.BOTH, residual=add)
     name = "add_rms_norm" if add else "rms_norm"
-    group = f"{name}-N{shape[0]}-C{shape[1]}-{device} {floors.BOTH}"
+    kind = str(dtype).removeprefix("torch.")
+    group = f"{name}-N{shape[0]}-C{shape[1]}-{kind}-{device} {floors.BOTH}"
     label = f"{impl}, graph" if keywords.get("graph") else impl
     measure(group, label, lambda: results(op, inputs, grads), expected, dtype, moved, **keywords)
 
 
 @pytest.mark.parametrize("add", [False, True], ids=["alone", "added"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", CPU_IMPLS)
-def test_rms_norm_on_a_cpu(measure, impl, add):
-    run(measure, impl, "cpu", (2048, 256), add, None)
+def test_rms_norm_on_a_cpu(measure, impl, add, dtype):
+    run(measure, impl, "cpu", (2048, 256), add, dtype, None)
 
 
 @pytest.mark.gpu
@@ -89,4 +95,4 @@ def test_rms_norm_on_a_cpu(measure, impl, add):
 @pytest.mark.parametrize("add", [False, True], ids=["alone", "added"])
 @pytest.mark.parametrize("impl", GPU_IMPLS)
 def test_rms_norm_on_a_gpu(measure, card, impl, add, shape, graph):
-    run(measure, impl, "cuda", shape, add, card, graph=graph)
+    run(measure, impl, "cuda", shape, add, torch.bfloat16, card, graph=graph)

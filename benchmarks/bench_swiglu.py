@@ -31,15 +31,19 @@ def gated(impl: str) -> Callable[[Tensor], Tensor]:
         torch._dynamo.reset()
         return torch.compile(eager)
     if impl == "liger":
-        functional = pytest.importorskip("liger_kernel.transformers.functional")
-        return lambda gate_up: functional.liger_swiglu(*gate_up.chunk(2, -1))
+        ops = pytest.importorskip("liger_kernel.ops")
+        if hasattr(ops, "LigerFusedGateUpSiLUMulFunction"):
+            return ops.LigerFusedGateUpSiLUMulFunction.apply
+        # Older releases copy both halves first.
+        return lambda gate_up: ops.LigerSiLUMulFunction.apply(*gate_up.chunk(2, -1))
     return lambda gate_up: scamo_kernels.swiglu(gate_up, impl=impl)
 
 
-def run(measure, impl: str, device: str, shape: tuple[int, int], card, **keywords) -> None:
+def run(
+    measure, impl: str, device: str, shape: tuple[int, int], dtype: torch.dtype, card, **keywords
+) -> None:
     rows, hidden = shape
     generator = torch.Generator().manual_seed(0)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     gate_up = torch.randn(rows, 2 * hidden, generator=generator).to(device, dtype).requires_grad_()
     grad = torch.randn(rows, hidden, generator=generator).to(device, dtype)
     gate = gated(impl)
@@ -55,14 +59,15 @@ def run(measure, impl: str, device: str, shape: tuple[int, int], card, **keyword
     moved = 8 * rows * hidden * dtype.itemsize
     if card is not None:
         keywords["floor"] = floors.swiglu(rows, hidden, card, way=floors.BOTH)
-    group = f"swiglu-N{rows}-H{hidden}-{device} {floors.BOTH}"
+    group = f"swiglu-N{rows}-H{hidden}-{str(dtype).removeprefix('torch.')}-{device} {floors.BOTH}"
     label = f"{impl}, graph" if keywords.get("graph") else impl
     measure(group, label, function, expected, dtype, moved, **keywords)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", CPU_IMPLS)
-def test_swiglu_on_a_cpu(measure, impl):
-    run(measure, impl, "cpu", (2048, 704), None)
+def test_swiglu_on_a_cpu(measure, impl, dtype):
+    run(measure, impl, "cpu", (2048, 704), dtype, None)
 
 
 @pytest.mark.gpu
@@ -70,4 +75,4 @@ def test_swiglu_on_a_cpu(measure, impl):
 @pytest.mark.parametrize("shape", [(16384, 2816), (16384, 8704)], ids=str)
 @pytest.mark.parametrize("impl", GPU_IMPLS)
 def test_swiglu_on_a_gpu(measure, card, impl, shape, graph):
-    run(measure, impl, "cuda", shape, card, graph=graph)
+    run(measure, impl, "cuda", shape, torch.bfloat16, card, graph=graph)

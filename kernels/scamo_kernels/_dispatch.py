@@ -48,6 +48,14 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
+def sees_values(tensor: Tensor) -> bool:
+    """Whether an op may look at the tensor's values: on the host always, on a device in debug mode only.
+
+    SCAMO_KERNELS_DEBUG=1 is the debug mode: every call then waits for the device.
+    """
+    return not tensor.is_cuda or os.environ.get("SCAMO_KERNELS_DEBUG", "0") == "1"
+
+
 def check_levels(levels: object) -> list[int]:
     """FSQ levels as a list of ints; ValueError or TypeError when they cannot be."""
     if not isinstance(levels, (list, tuple)) or not levels:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from scamo_kernels._dispatch import FLOATS, LIBRARY, NAME, check_levels, define, resolve
+from scamo_kernels._direct import call, is_direct
+from scamo_kernels._dispatch import FLOATS, LIBRARY, NAME, check_levels, define, resolve, sees_values
 from scamo_kernels.reference import FSQ_BOUNDS, compute_dtype, fsq_constants, fsq_scale
 
 _INDEX_TYPES = (torch.int32, torch.int64)
 _CODE_TYPES = (*FLOATS, torch.float64)
+tanh_backward = torch.ops.aten.tanh_backward.default
 
 
 def fsq_quantize(
@@ -40,7 +43,7 @@ def fsq_quantize(
     """
     levels = check_levels(levels)
     chosen = check_latents(z, len(levels), f"{len(levels)}", levels, bound, impl)
-    return torch.ops.scamo_kernels.fsq_quantize(z, levels, chosen, bound)
+    return _run(z, levels, chosen, bound)
 
 
 def fsq_quantize_grouped(
@@ -55,7 +58,7 @@ def fsq_quantize_grouped(
     width = groups * len(levels)
     chosen = check_latents(z, width, f"{groups} * {len(levels)}", levels, bound, impl)
     split = z.unflatten(-1, (groups, len(levels)))
-    codes, indices = torch.ops.scamo_kernels.fsq_quantize(split, levels, chosen, bound)
+    codes, indices = _run(split, levels, chosen, bound)
     return codes.flatten(-2), indices
 
 
@@ -74,7 +77,7 @@ def fsq_quantize_residual(
     levels = check_levels(levels)
     _check_stages(levels, quantizers)
     chosen = check_latents(z, len(levels), f"{len(levels)}", levels, bound, impl)
-    codes, indices = torch.ops.scamo_kernels.fsq_quantize(z, levels, chosen, bound, quantizers)
+    codes, indices = _run(z, levels, chosen, bound, quantizers)
     return codes, indices.unsqueeze(-1) if quantizers == 1 else indices
 
 
@@ -84,7 +87,8 @@ def fsq_dequantize(
     """The codes (..., d) in `dtype` of `indices` (...), int32 or int64: the inverse of `fsq_quantize`.
 
     Indices outside 0 .. prod(levels) - 1 raise ValueError on the CPU; on CUDA, where looking would wait for
-    the device, they give codes of no meaning. No gradient. impl: "auto" | "triton" | "torch".
+    the device, they do so with SCAMO_KERNELS_DEBUG=1 only, and else give codes of no meaning. No gradient.
+    impl: "auto" | "triton" | "torch".
     """
     levels = check_levels(levels)
     chosen = _check_indices(indices, dtype, impl)
@@ -118,6 +122,12 @@ def fsq_dequantize_residual(
     chosen = _check_indices(indices, dtype, impl)
     flat = indices.squeeze(-1) if stages == 1 else indices
     return torch.ops.scamo_kernels.fsq_dequantize(flat, levels, dtype, chosen, stages)
+
+
+def _run(z: Tensor, levels: list[int], impl: str, bound: str, stages: int = 1) -> tuple[Tensor, Tensor]:
+    if is_direct(impl, z):
+        return call(quantize, _setup, _autograd, z, levels, impl, bound, stages)
+    return torch.ops.scamo_kernels.fsq_quantize(z, levels, impl, bound, stages)
 
 
 def check_bound(bound: str) -> None:
@@ -165,55 +175,104 @@ def _check_stages(levels: list[int], quantizers: int, name: str = "quantizers") 
         raise ValueError(f"{name} = {quantizers}: ({max(levels)} - 1)^{quantizers - 1} exceeds 2^24")
 
 
+# Rows whose channels stand side by side in one: a CPU's loop over the few channels of one row is several
+# times as slow.
+_TILE = 64
+
+
+class Constants(NamedTuple):
+    """Of tanh(scale z + shift) half_l - offset, codes and index, for `tiled` rows: each (_TILE d,)."""
+
+    half_l: Tensor
+    offset: Tensor
+    shift: Tensor
+    width: Tensor  # L // 2
+    slope: Tensor  # scale half_l / (L // 2)
+    basis: Tensor  # int32
+    units: Tensor  # (stages, _TILE d), (L - 1)^i of every stage, exact in float32
+
+
+def constants(
+    levels: list[int], bound: str, dtype: torch.dtype, device: torch.device, stages: int = 1
+) -> Constants:
+    return _constants(tuple(levels), bound, dtype, device, stages)
+
+
 @functools.lru_cache(maxsize=64)
 def _constants(
-    levels: tuple[int, ...], bound: str, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, ...]:
-    """half_l, offset, shift (dtype), L // 2, basis and L (int64), each (d,)."""
-    bounds = torch.tensor([fsq_constants(level, bound) for level in levels], dtype=torch.float64)
+    levels: tuple[int, ...], bound: str, dtype: torch.dtype, device: torch.device, stages: int
+) -> Constants:
+    def row(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64).repeat(_TILE).to(device, dtype)
+
+    half_l, offset, shift = zip(*(fsq_constants(level, bound) for level in levels), strict=True)
+    slope = [fsq_scale(bound) * half / (level // 2) for half, level in zip(half_l, levels, strict=True)]
     basis = [math.prod(levels[:i]) for i in range(len(levels))]
-    whole = torch.tensor([[level // 2 for level in levels], basis, levels], dtype=torch.int64)
-    return *bounds.to(device, dtype).unbind(1), *whole.to(device).unbind(0)
+    return Constants(
+        row(half_l),
+        row(offset),
+        row(shift),
+        row([level // 2 for level in levels]),
+        row(slope),
+        torch.tensor(basis, dtype=torch.int32).repeat(_TILE).to(device),
+        torch.stack([row([(level - 1) ** i for level in levels]) for i in range(stages)]),
+    )
 
 
-@functools.lru_cache(maxsize=64)
-def _units(levels: tuple[int, ...], stages: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """(L - 1)^i of every stage, exact in float32."""
-    return [
-        torch.tensor([float((level - 1) ** i) for level in levels], dtype=dtype, device=device)
-        for i in range(stages)
-    ]
+def tiled(x: Tensor, channels: int) -> Tensor:
+    """A copy of x (..., d) in the dtype to compute in, _TILE rows to one, with rows of zeros at its end."""
+    rows = -(-x.numel() // (_TILE * channels))
+    out = torch.empty((rows, _TILE * channels), dtype=compute_dtype(x.dtype), device=x.device)
+    flat = out.view(-1)
+    flat[: x.numel()].view(x.shape).copy_(x)
+    if out.numel() > x.numel():
+        flat[x.numel() :].zero_()
+    return out
 
 
-def _quantize(
+def untiled(x: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """The first of the rows as (..., d)."""
+    return x.view(-1)[: math.prod(shape)].view(shape)
+
+
+def tanh_(x: Tensor, c: Constants, bound: str) -> Tensor:
+    """tanh(scale x + shift) of tiled rows, in place."""
+    return torch.add(c.shift, x, alpha=fsq_scale(bound), out=x).tanh_()
+
+
+def digits_(x: Tensor, c: Constants) -> Tensor:
+    """The codes times L // 2, from what `tanh_` gives, in place."""
+    return x.mul_(c.half_l).sub_(c.offset).round_()
+
+
+def _index(digits: Tensor, levels: list[int], c: Constants) -> Tensor:
+    """int32 (rows,), exact: float32 would not be from 2^24 on."""
+    middle = sum(level // 2 * math.prod(levels[:i]) for i, level in enumerate(levels))
+    weighted = digits.to(torch.int32).mul_(c.basis).view(-1, len(levels))
+    return weighted.sum(1, dtype=torch.int32).add_(middle)
+
+
+def quantize(
     z: Tensor, levels: list[int], impl: str, bound: str = "tanh", stages: int = 1
 ) -> tuple[Tensor, Tensor]:
     if impl == "triton":
         from scamo_kernels import _fsq_triton
 
         return _fsq_triton.quantize(z, levels, bound, stages)
-    dtype = compute_dtype(z.dtype)
-    half_l, offset, shift, half_width, basis, _ = _constants(tuple(levels), bound, dtype, z.device)
-    scale = fsq_scale(bound)
-
-    def stage(x: Tensor) -> tuple[Tensor, Tensor]:
-        quantised = torch.add(shift, x, alpha=scale).tanh_().mul_(half_l).sub_(offset).round_()
-        # float64 holds every index exactly, in any order of summation; float32 would from 2**24 on not.
-        digits = quantised.double().view(-1, len(levels))
-        indices = digits.mv(basis.double()).add_((half_width * basis).sum()).to(torch.int32)
-        return quantised.div_(half_width), indices.view(x.shape[:-1])
-
+    rest = tiled(z, len(levels))
+    c = constants(levels, bound, rest.dtype, rest.device, stages)
     if stages == 1:
-        codes, indices = stage(z.contiguous())
-        return codes.to(z.dtype), indices
-    rest = z.to(dtype, memory_format=torch.contiguous_format, copy=True)
-    total, found = torch.zeros_like(rest), []
-    for unit in _units(tuple(levels), stages, dtype, z.device):
-        codes, indices = stage(rest * unit)
-        found.append(indices)
-        total += codes.div_(unit)
-        rest -= codes
-    return total.to(z.dtype), torch.stack(found, -1)
+        codes = digits_(tanh_(rest, c, bound), c)
+        indices = _index(codes, levels, c)
+        return untiled(codes.div_(c.width), z.shape).to(z.dtype), untiled(indices, z.shape[:-1])
+    codes, found = torch.zeros_like(rest), []
+    for unit in c.units:
+        code = digits_(tanh_(rest * unit, c, bound), c)
+        found.append(_index(code, levels, c))
+        codes += code.div_(c.width).div_(unit)
+        rest -= code
+    indices = untiled(torch.stack(found, 1), (*z.shape[:-1], stages))
+    return untiled(codes, z.shape).to(z.dtype), indices
 
 
 def _quantize_backward(
@@ -223,24 +282,22 @@ def _quantize_backward(
         from scamo_kernels import _fsq_triton
 
         return _fsq_triton.quantize_backward(grad, z, levels, bound, stages)
-    dtype = compute_dtype(z.dtype)
-    half_l, offset, shift, half_width, _, _ = _constants(tuple(levels), bound, dtype, z.device)
-    scale = fsq_scale(bound)
+    rest = tiled(z, len(levels))
+    c = constants(levels, bound, rest.dtype, rest.device, stages)
+    grad = tiled(grad, len(levels)).mul_(c.slope)
     if stages == 1:
-        slope = torch.add(shift, z.contiguous(), alpha=scale).tanh_().square_().neg_().add_(1)
-    else:
-        rest = z.to(dtype, memory_format=torch.contiguous_format, copy=True)
-        slope = torch.zeros_like(rest)
-        for unit in _units(tuple(levels), stages, dtype, z.device):
-            t = torch.add(shift, rest * unit, alpha=scale).tanh_()
-            rest -= (t * half_l).sub_(offset).round_().div_(half_width).div_(unit)
-            slope += t.square_().neg_().add_(1)
-    return slope.mul_(scale * half_l / half_width).mul_(grad).to(z.dtype)
+        return untiled(tanh_backward(grad, tanh_(rest, c, bound)), z.shape).to(z.dtype)
+    total = torch.zeros_like(rest)
+    for unit in c.units:
+        t = tanh_(rest * unit, c, bound)
+        total += tanh_backward(grad, t)
+        rest -= digits_(t, c).div_(c.width).div_(unit)
+    return untiled(total, z.shape).to(z.dtype)
 
 
 def _dequantize(indices: Tensor, levels: list[int], dtype: torch.dtype, impl: str, stages: int = 1) -> Tensor:
-    codes = math.prod(levels)
-    if indices.device.type == "cpu" and indices.numel():
+    codes, channels = math.prod(levels), len(levels)
+    if indices.numel() and sees_values(indices):
         low, high = (int(x) for x in torch.aminmax(indices))
         if low < 0 or high >= codes:
             raise ValueError(f"indices: expected 0 to {codes - 1} for levels {levels}, found {low} to {high}")
@@ -249,13 +306,14 @@ def _dequantize(indices: Tensor, levels: list[int], dtype: torch.dtype, impl: st
 
         return _fsq_triton.dequantize(indices, levels, dtype, stages)
     work = compute_dtype(dtype)
-    *_, half_width, basis, size = _constants(tuple(levels), "tanh", work, indices.device)
+    c = constants(levels, "tanh", work, indices.device, stages)
+    basis, width, size = c.basis[:channels], c.width[:channels], indices.new_tensor(levels)
     digits = torch.div(indices.contiguous().unsqueeze(-1), basis, rounding_mode="floor").remainder_(size)
-    found = digits.sub_(half_width).to(work).div_(half_width)
+    found = digits.to(work).sub_(width).div_(width)
     if stages == 1:
         return found.to(dtype)
     total = found.select(-2, 0).clone()
-    for i, unit in enumerate(_units(tuple(levels), stages, work, indices.device)[1:], 1):
+    for i, unit in enumerate(c.units[1:, :channels], 1):
         total += found.select(-2, i).div_(unit)
     return total.to(dtype)
 
@@ -300,7 +358,7 @@ _REST = 'int[] levels, str impl, str bound="tanh", int stages=1'
 define(f"fsq_quantize(Tensor z, {_REST}) -> (Tensor, Tensor)")
 define(f"fsq_quantize_backward(Tensor grad, Tensor z, {_REST}) -> Tensor")
 define("fsq_dequantize(Tensor indices, int[] levels, ScalarType dtype, str impl, int stages=1) -> Tensor")
-LIBRARY.impl("fsq_quantize", _quantize, "CompositeExplicitAutograd")
+LIBRARY.impl("fsq_quantize", quantize, "CompositeExplicitAutograd")
 LIBRARY.impl("fsq_quantize_backward", _quantize_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("fsq_dequantize", _dequantize, "CompositeExplicitAutograd")
 torch.library.register_fake(NAME + "fsq_quantize", _fake_quantize, lib=LIBRARY)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from scamo_kernels._direct import call, is_direct
 from scamo_kernels._dispatch import FLOATS, LIBRARY, NAME, check_levels, define, resolve
-from scamo_kernels.fsq import check_bound
+from scamo_kernels.fsq import check_bound, constants, digits_, quantize, tanh_, tanh_backward, tiled, untiled
 from scamo_kernels.reference import compute_dtype
 
 MAX_WIDTH = 1024
@@ -69,9 +70,11 @@ def fsq_project(
     chosen = resolve(impl, hidden)
     if chosen == "triton" and hidden.dtype == torch.float64:
         raise TypeError('hidden: impl = "triton" does not take float64; use impl="torch"')
-    out, indices, _ = torch.ops.scamo_kernels.fsq_project(
-        hidden, w_in, b_in, w_out, b_out, levels, bound, chosen
-    )
+    arguments = hidden, w_in, b_in, w_out, b_out, levels, bound, chosen
+    if is_direct(chosen, *arguments[:5]):
+        out, indices, _ = call(_forward, _setup, _autograd, *arguments)
+    else:
+        out, indices, _ = torch.ops.scamo_kernels.fsq_project(*arguments)
     return out, indices
 
 
@@ -94,7 +97,7 @@ def _forward(
     with torch.autocast(hidden.device.type, enabled=False):
         rows = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
         z = torch.addmm(b_in.to(dtype), rows, w_in.to(dtype).t())
-        codes, indices = torch.ops.scamo_kernels.fsq_quantize(z, levels, "torch", bound)
+        codes, indices = quantize(z, levels, "torch", bound)
         out = torch.addmm(b_out.to(dtype), codes, w_out.to(dtype).t()).to(hidden.dtype)
     leading = hidden.shape[:-1]
     return out.view(hidden.shape), indices.view(leading), z.view(*leading, len(levels))
@@ -118,12 +121,23 @@ def _backward(
     with torch.autocast(hidden.device.type, enabled=False):
         grad = grad.reshape(-1, w_in.shape[1]).to(dtype)
         rows, z = hidden.reshape(grad.shape).to(dtype), z.reshape(-1, len(levels))
-        codes, _ = torch.ops.scamo_kernels.fsq_quantize(z, levels, "torch", bound)
-        grad_codes = grad @ w_out.to(dtype)
-        grad_z = torch.ops.scamo_kernels.fsq_quantize_backward(grad_codes, z, levels, "torch", bound)
-        grads = grad_z.t() @ rows, grad_z.sum(0), grad.t() @ codes, grad.sum(0)
+        c = constants(levels, bound, dtype, z.device)
+        t = tanh_(tiled(z, len(levels)), c, bound)
+        # Few rows times many columns: the other way round a CPU's products take several times as long.
+        grad_codes = (w_out.to(dtype).t() @ grad.t()).t()
+        grad_codes = tiled(grad_codes, len(levels)).mul_(c.slope)
+        grad_z = untiled(tanh_backward(grad_codes, t), z.shape)
+        codes = untiled(digits_(t, c).div_(c.width), z.shape)
+        grad_w_in, grad_b_in = grad_z.t() @ rows, grad_z.sum(0)
+        grad_w_out, grad_b_out = (codes.t() @ grad).t().contiguous(), grad.sum(0)
         grad_hidden = (grad_z @ w_in.to(dtype)).to(hidden.dtype).view(hidden.shape)
-    return grad_hidden, *(x.to(weights) for x in grads)
+    return (
+        grad_hidden,
+        grad_w_in.to(weights),
+        grad_b_in.to(weights),
+        grad_w_out.to(weights),
+        grad_b_out.to(weights),
+    )
 
 
 def _fake_forward(hidden, w_in, b_in, w_out, b_out, levels, bound, impl):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from scamo_kernels._direct import call, is_direct, row_blocks
 from scamo_kernels._dispatch import FLOATS, LIBRARY, NAME, define, resolve
 from scamo_kernels.reference import compute_dtype
 
 # Wider rows do not fit the registers of one program; impl="auto" computes them with torch.
 MAX_TRITON_WIDTH = 8192
-# Elements of a block of rows whose float32 copies stay in a CPU's cache.
+# Elements of a block of rows.
 _CPU_BLOCK = 1 << 17
 
 
@@ -23,6 +24,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, impl: str = "auto"
     ValueError that names the argument.
     """
     chosen = _check(x, weight, eps, impl)
+    if is_direct(chosen, x, weight):
+        return call(_forward, _setup, _autograd, x, weight, float(eps), chosen)[0]
     return torch.ops.scamo_kernels.rms_norm(x, weight, float(eps), chosen)[0]
 
 
@@ -42,7 +45,11 @@ def add_rms_norm(
         raise TypeError(f"residual: expected x's dtype {x.dtype}, got {residual.dtype}")
     if residual.device != x.device:
         raise ValueError(f"residual: expected x's device {x.device}, got {residual.device}")
-    out, total, _ = torch.ops.scamo_kernels.add_rms_norm(x, residual, weight, float(eps), chosen)
+    if is_direct(chosen, x, residual, weight):
+        arguments = x, residual, weight, float(eps), chosen
+        out, total, _ = call(_add_forward, _add_setup, _add_autograd, *arguments)
+    else:
+        out, total, _ = torch.ops.scamo_kernels.add_rms_norm(x, residual, weight, float(eps), chosen)
     return out, total
 
 
@@ -69,13 +76,6 @@ def _check(x: Tensor, weight: Tensor, eps: float, impl: str) -> str:
                 raise ValueError(f'x: impl = "triton" takes widths to {MAX_TRITON_WIDTH}, got {x.shape[-1]}')
             return "torch"
     return chosen
-
-
-def _blocks(rows: Tensor) -> list[slice]:
-    """Slices of rows (N, C): all at once on a GPU."""
-    count, width = rows.shape
-    step = max(1, _CPU_BLOCK // width) if rows.device.type == "cpu" else max(1, count)
-    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float, impl: str) -> tuple[Tensor, Tensor]:
@@ -107,11 +107,14 @@ def _torch_forward(
     out = torch.empty_like(total, memory_format=torch.contiguous_format)
     scale = total.new_empty(total.shape[0], dtype=dtype)
     wide_weight = weight.to(dtype)
-    for part in _blocks(total):
-        rows = total[part].to(dtype)
-        norm = torch.linalg.vector_norm(rows, dim=-1)
-        scale[part] = norm.square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
-        out[part] = (rows * scale[part, None]).mul_(wide_weight)
+    for part, result, factor in row_blocks(_CPU_BLOCK, total, out, scale.unsqueeze(1)):
+        rows = part.to(dtype)
+        torch.linalg.vector_norm(rows, dim=-1, keepdim=True, out=factor)
+        factor.square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
+        if result.dtype == dtype:
+            torch.mul(rows, factor, out=result).mul_(wide_weight)
+        else:
+            result.copy_((rows * factor).mul_(wide_weight))
     return out.view(x.shape), total.contiguous().view(x.shape), scale
 
 
@@ -129,14 +132,18 @@ def _backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     wide_weight = weight.to(dtype)
     grad_weight = torch.zeros_like(wide_weight)
-    for part in _blocks(x):
-        unit = x[part].to(dtype) * scale[part, None]
-        g = grad_out[part].to(dtype)
+    tensors = x, grad_out, dx, scale.unsqueeze(1), *(() if further is None else (further,))
+    for part, g, result, factor, *more in row_blocks(_CPU_BLOCK, *tensors):
+        unit, g = part.to(dtype) * factor, g.to(dtype)
         product = g * unit
         grad_weight += product.sum(0)
         along = product.mv(wide_weight).div_(width)
-        slope = (g * wide_weight).addcmul_(unit, along[:, None], value=-1).mul_(scale[part, None])
-        dx[part] = slope if further is None else slope.add_(further[part])
+        slope = torch.mul(g, wide_weight, out=result if result.dtype == dtype else product)
+        slope.addcmul_(unit, along.unsqueeze(1), value=-1).mul_(factor)
+        for addend in more:
+            slope.add_(addend)
+        if slope is not result:
+            result.copy_(slope)
     return dx.view(total.shape), grad_weight.to(weight.dtype)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from scamo_kernels._direct import call, is_direct, row_blocks
 from scamo_kernels._dispatch import FLOATS, LIBRARY, NAME, define, resolve
 from scamo_kernels.reference import compute_dtype
 
-# Elements of a block of rows whose float32 copies stay in a CPU's cache.
-_CPU_BLOCK = 1 << 17
+# Elements of a block of rows.
+_CPU_BLOCK = 1 << 19
+_silu_out = torch.ops.aten.silu.out
 
 
 def swiglu(gate_up: Tensor, *, impl: str = "auto") -> Tensor:
@@ -27,14 +30,9 @@ def swiglu(gate_up: Tensor, *, impl: str = "auto") -> Tensor:
     chosen = resolve(impl, gate_up)
     if chosen == "triton" and gate_up.dtype == torch.float64:
         raise TypeError('gate_up: impl = "triton" does not take float64; use impl="torch"')
+    if is_direct(chosen, gate_up):
+        return call(_forward, _setup, _autograd, gate_up, chosen)
     return torch.ops.scamo_kernels.swiglu(gate_up, chosen)
-
-
-def _blocks(rows: Tensor) -> list[slice]:
-    """Slices of rows (N, C): all at once on a GPU."""
-    count, width = rows.shape
-    step = max(1, _CPU_BLOCK // width) if rows.device.type == "cpu" else max(1, count)
-    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def _forward(gate_up: Tensor, impl: str) -> Tensor:
@@ -46,12 +44,12 @@ def _forward(gate_up: Tensor, impl: str) -> Tensor:
     rows = gate_up.reshape(-1, 2 * hidden)
     out = rows.new_empty((rows.shape[0], hidden))
     dtype = compute_dtype(rows.dtype)
-    for part in _blocks(rows):
-        gate, up = rows[part].to(dtype).chunk(2, -1)
-        value = out[part] if out.dtype == dtype else out.new_empty(gate.shape, dtype=dtype)
-        torch.ops.aten.silu.out(gate, out=value).mul_(up)
-        if value.dtype != out.dtype:
-            out[part] = value
+    for part, value in row_blocks(_CPU_BLOCK, rows, out):
+        gate, up = part.to(dtype).chunk(2, -1)
+        if value.dtype == dtype:
+            _silu_out(gate, out=value).mul_(up)
+        else:
+            value.copy_(F.silu(gate, inplace=True).mul_(up))
     return out.view(*gate_up.shape[:-1], hidden)
 
 
@@ -64,15 +62,15 @@ def _backward(grad: Tensor, gate_up: Tensor, impl: str) -> Tensor:
     rows, grads = gate_up.reshape(-1, 2 * hidden), grad.reshape(-1, hidden)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     dtype = compute_dtype(rows.dtype)
-    for part in _blocks(rows):
-        (gate, up), g = rows[part].to(dtype).chunk(2, -1), grads[part].to(dtype)
-        value = out[part] if out.dtype == dtype else torch.empty_like(out[part], dtype=dtype)
+    for part, g, result in row_blocks(_CPU_BLOCK, rows, grads, out):
+        (gate, up), g = part.to(dtype).chunk(2, -1), g.to(dtype)
+        value = result if result.dtype == dtype else torch.empty_like(result, dtype=dtype)
         d_gate, d_up = value.chunk(2, -1)
-        torch.ops.aten.silu.out(gate, out=d_up).mul_(g)
+        _silu_out(gate, out=d_up).mul_(g)
         torch.mul(g, up, out=d_gate)
         torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
-        if value.dtype != out.dtype:
-            out[part] = value
+        if value is not result:
+            result.copy_(value)
     return out.view(gate_up.shape)
 
 

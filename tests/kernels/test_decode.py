@@ -269,6 +269,18 @@ def test_the_torch_path_of_a_gpu(monkeypatch, case):
     check(evaluate(inputs, {"impl": "torch"}), inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [*CASES[1:4], CASES[6]], ids=case_name)
+def test_large_caches_on_a_cpu(monkeypatch, case, dtype):
+    """Two products in place of SDPA, some rows at a time where keys are widened; here small is large."""
+    inputs = problem(case, dtype)
+    monkeypatch.setattr(decode_module, "_SMALL", 1)
+    check(evaluate(inputs, {"impl": "torch"}), inputs)
+    _, heads, head_dim, capacity = case
+    monkeypatch.setattr(decode_module, "_WIDENED", 2 * heads * head_dim * capacity)
+    check(evaluate(inputs, {"impl": "torch"}), inputs)
+
+
 class TinyLM:
     """Two layers of attention on a residual stream, and a head; all weights float64."""
 
@@ -380,13 +392,6 @@ def test_bad_arguments_are_named(inputs, kind, message):
         decode_attention(*problem(CASES[0]), impl="flash")
 
 
-def test_opcheck():
-    qkv, cache_k, cache_v, lengths, rope = problem(CASES[1])
-    qkv = qkv.view(3, 3, 2, 64)
-    arguments = (qkv, cache_k.nan_to_num(), cache_v.nan_to_num(), lengths, rope, 0.1, "torch")
-    torch.library.opcheck(torch.ops.scamo_kernels.decode_attention.default, arguments)
-
-
 def two_steps(weight, x, cache_k, cache_v, lengths, rope):
     """Two decode steps of a layer, reading the caches in between and after; one graph."""
     out = decode_attention(x @ weight, cache_k, cache_v, lengths, rope)
@@ -470,6 +475,15 @@ def test_a_full_row_writes_nothing_on_a_gpu(capacity):
     for new, old in zip((cache_k, cache_v), before, strict=True):
         assert same_bits(new[1:], old[1:])
         assert same_bits(new[0, :, 6:], old[0, :, 6:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", GPU_IMPLS)
+def test_debug_mode_looks_at_the_lengths_on_a_gpu(monkeypatch, impl):
+    inputs = [x.cuda() for x in problem(((3, 9), 1, 8, 9))]
+    monkeypatch.setenv("SCAMO_KERNELS_DEBUG", "1")
+    with pytest.raises(ValueError, match="lengths: row 1 holds 9 positions, expected 0 to 8"):
+        decode_attention(*inputs, impl=impl)
 
 
 @pytest.mark.gpu

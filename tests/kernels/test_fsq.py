@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import scamo_kernels
@@ -446,16 +442,6 @@ def test_residual_keeps_the_dtype(dtype):
     assert torch.equal(back, codes)
 
 
-def test_opcheck_of_bounds_and_stages():
-    ops = torch.ops.scamo_kernels
-    z = torch.randn(7, 2, requires_grad=True)
-    torch.library.opcheck(ops.fsq_quantize.default, (z, [8, 5], "torch", "mentzer", 3))
-    plain = z.detach()
-    torch.library.opcheck(ops.fsq_quantize_backward.default, (plain, plain, [8, 5], "torch", "sigmoid", 2))
-    indices = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32)
-    torch.library.opcheck(ops.fsq_dequantize.default, (indices, [8, 5], torch.float32, "torch", 2))
-
-
 def test_torch_compile_traces_grouped_and_residual():
     def block(z):
         grouped, a = scamo_kernels.fsq_quantize_grouped(z * 2, [8, 5], 2, bound="sigmoid")
@@ -503,52 +489,6 @@ def test_bad_bounds_groups_and_stages_are_named(call, kind, message):
         call(scamo_kernels)
 
 
-@pytest.mark.slow
-def test_wide_and_residual_kernels_compile(environment):
-    """No spills and at most 240 registers: thirty channels, the longest list, and stages."""
-    pytest.importorskip("triton")
-    from scamo_kernels import _fsq_triton as kernels
-
-    cases = []
-    for arch in (80, 90):
-        for levels, bound, stages in (([2] * 30, "sigmoid", 1), ([8, 8, 8, 5, 5, 5], "mentzer", 4)):
-            names = ["HALF", "OFFSET", "SHIFT", "WIDTH", "STEP"]
-            flags = {"SCALE": reference.fsq_scale(bound), "NATIVE": True}
-            for kernel, pointers, constants, extra in (
-                ("quantize", {"z": "*bf16", "codes": "*bf16", "indices": "*i32"}, [*names, "BASIS"], flags),
-                (
-                    "quantize_backward",
-                    dict.fromkeys(("grad", "z", "grad_z"), "*bf16"),
-                    [*names, "SLOPE"],
-                    flags,
-                ),
-                ("dequantize", {"indices": "*i32", "codes": "*bf16"}, ["LEVELS", "BASIS"], {}),
-            ):
-                values = {k: list(v) for k, v in kernels.pick(levels, bound, *constants).items()}
-                cases.append(
-                    {
-                        "kernel": f"_fsq_triton.{kernel}_kernel",
-                        "arch": arch,
-                        "signature": pointers | {"rows": "i32"},
-                        "constants": values | extra | kernels.shape(levels, stages) | {"STAGES": stages},
-                        "warps": kernels.WARPS,
-                        "stages": 1,
-                    }
-                )
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("compile_gate.py")],
-        input=json.dumps(cases),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    for case, result in zip(cases, json.loads(done.stdout), strict=True):
-        assert result["stack"] == result["spills"] == 0, (case, result)
-        assert result["registers"] <= 240, (case, result)
-
-
 @pytest.mark.parametrize(
     ("z", "levels", "kind", "message"),
     [
@@ -574,6 +514,14 @@ def test_bad_indices_are_named():
         scamo_kernels.fsq_dequantize(torch.tensor([3.0]), (8, 5))
     with pytest.raises(TypeError, match="dtype: expected a floating-point type"):
         scamo_kernels.fsq_dequantize(torch.tensor([3]), (8, 5), dtype=torch.int32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_debug_mode_looks_at_the_indices_on_a_gpu(monkeypatch, impl):
+    monkeypatch.setenv("SCAMO_KERNELS_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"indices: expected 0 to 39 for levels \[8, 5\], found 3 to 40"):
+        scamo_kernels.fsq_dequantize(torch.tensor([3, 40], device="cuda"), (8, 5), impl=impl)
 
 
 @pytest.mark.gpu

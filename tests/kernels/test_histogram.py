@@ -35,6 +35,8 @@ def test_bad_arguments_are_named():
         scamo_kernels.code_histogram(torch.tensor([2, -1]), 5)
     with pytest.raises(ValueError, match="indices: expected 0 to 4, found 0 to 5"):
         scamo_kernels.code_histogram(torch.tensor([0, 5]), 5)
+    with pytest.raises(ValueError, match=f"indices: expected 0 to 4, found 0 to {2**40}"):
+        scamo_kernels.code_histogram(torch.tensor([0, 2**40]), 5)
     with pytest.raises(TypeError, match="indices: expected int32 or int64"):
         scamo_kernels.code_histogram(torch.tensor([0.5]), 5)
     with pytest.raises(ValueError, match="codebook_size = 0"):
@@ -50,3 +52,11 @@ def test_counts_on_a_gpu(run, impl):
     # Looking for indices outside would wait for the device; they are left out.
     (few,), _ = run(impl, "code_histogram", torch.tensor([-1, 0, 7, 2], device="cuda"), 7)
     assert few.tolist() == [1, 0, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_debug_mode_looks_at_the_indices_on_a_gpu(monkeypatch, impl):
+    monkeypatch.setenv("SCAMO_KERNELS_DEBUG", "1")
+    with pytest.raises(ValueError, match="indices: expected 0 to 6, found -1 to 7"):
+        scamo_kernels.code_histogram(torch.tensor([-1, 0, 7, 2], device="cuda"), 7, impl=impl)
