@@ -1,9 +1,9 @@
 """Triton kernels of packed attention under a bound per row. Imported only when they run.
 
 Forward: one program per (query tile, head, sample). Key tiles are full (no mask), partial or empty (skipped).
-Backward of short samples: one program per (head, sample) holds all keys and steps over the rows. Of longer
-ones: one launch in which some programs own a key tile (gradients of k and v) and the others a query tile
-(gradient of q). Nothing is added atomically: the same inputs give the same bits.
+Backward of short samples: one program per (head, sample) holds all keys, or one half after the other, and
+steps over the rows. Of longer ones: one launch in which some programs own a key tile (gradients of k and v)
+and the others a query tile (gradient of q). Nothing is added atomically: the same inputs give the same bits.
 
 With ROPE the kernels turn q and k themselves. Only the two-role backward does not: it would turn every tile
 once per visit, and spill at a head dim of 100; the forward keeps the turned q and k for it.
@@ -44,7 +44,7 @@ class BackwardConfig(NamedTuple):
 
 
 class SampleConfig(NamedTuple):
-    """One program per (head, sample): of at most `keys` rows, stepping over `queries` of them.
+    """One program per (head, sample): one or two tiles of `keys`, each stepping over `queries` rows.
 
     `turns`: it turns q and k itself; else the forward keeps them turned.
     """
@@ -53,41 +53,52 @@ class SampleConfig(NamedTuple):
     queries: int
     warps: int
     turns: bool
+    stages: int = 1
 
 
 # Lengths up to which an entry of a table's row serves; the last one serves all others. Lengths choose a
 # config and are no constants of a kernel, so other lengths recompile nothing.
-LENGTHS = (64, 128, 1 << 30)
+LENGTHS = (64, 128, 256, 1 << 30)
 
 # (architecture, "half" or "single", padded head dim) -> a config per entry of LENGTHS. Chosen by what ptxas
 # reports: no spills, few registers, room for several blocks. tests/kernels/test_compile.py holds them to it.
 FORWARD: dict[tuple[int, str, int], tuple[ForwardConfig, ...]] = {}
 BACKWARD: dict[tuple[int, str, int], tuple[BackwardConfig | SampleConfig, ...]] = {}
 for _dim in (16, 32, 64):
-    for _arch in (80, 90):
-        FORWARD[_arch, "half", _dim] = (*2 * (ForwardConfig(64, 64, 4, 2),), ForwardConfig(128, 64, 8, 2))
-        FORWARD[_arch, "single", _dim] = 3 * (ForwardConfig(16 if _arch == 80 else 32, 32, 4, 1),)
-        BACKWARD[_arch, "single", _dim] = 3 * (BackwardConfig(16, 32, 32, 16, 8, 1),)
-    # A 128-row sample in one program spills or takes 251 registers on sm_80.
+    for _arch in (80, 90, 100):
+        FORWARD[_arch, "half", _dim] = (
+            *2 * (ForwardConfig(64, 64, 4, 2),),
+            *2 * (ForwardConfig(128, 64, 8, 2),),
+        )
+        FORWARD[_arch, "single", _dim] = 4 * (ForwardConfig(16 if _arch == 80 else 32, 32, 4, 1),)
+        BACKWARD[_arch, "single", _dim] = 4 * (BackwardConfig(16, 32, 32, 16, 8, 1),)
+    # More than 64 rows in one program spill or take 251 registers on sm_80.
     BACKWARD[80, "half", _dim] = (
         SampleConfig(64, 32, 8, True),
-        *2 * (BackwardConfig(32, 64, 64, 32, 4, 1),),
+        *3 * (BackwardConfig(32, 64, 64, 32, 4, 1),),
     )
     BACKWARD[90, "half", _dim] = (
         SampleConfig(64, 64, 4, True),
         SampleConfig(128, 128, 8, True),
+        SampleConfig(128, 32, 8, True, 2),
         BackwardConfig(128, 32, 128, 32, 8, 1),
     )
-for _arch in (80, 90):
-    FORWARD[_arch, "half", 128] = 3 * (ForwardConfig(64, 64, 8, 2),)
-    FORWARD[_arch, "single", 128] = 3 * (ForwardConfig(16, 32, 4, 1),)
-    BACKWARD[_arch, "single", 128] = 3 * (BackwardConfig(16, 16, 16, 16, 4, 1),)
+    BACKWARD[100, "half", _dim] = (
+        SampleConfig(64, 64, 8, True),
+        *2 * (SampleConfig(128, 32, 8, True, 2),),
+        BackwardConfig(128, 32, 128, 32, 8, 1),
+    )
+for _arch in (80, 90, 100):
+    FORWARD[_arch, "half", 128] = 4 * (ForwardConfig(64, 32 if _arch == 100 else 64, 8, 2),)
+    FORWARD[_arch, "single", 128] = 4 * (ForwardConfig(16, 32, 4, 1),)
+    BACKWARD[_arch, "single", 128] = 4 * (BackwardConfig(16, 16, 16, 16, 4, 1),)
 BACKWARD[80, "half", 128] = (
     SampleConfig(64, 64, 8, False),
-    *2 * (BackwardConfig(32, 64, 64, 32, 8, 1),),
+    *3 * (BackwardConfig(32, 64, 64, 32, 8, 1),),
 )
-BACKWARD[90, "half", 128] = (
+BACKWARD[90, "half", 128] = BACKWARD[100, "half", 128] = (
     SampleConfig(64, 64, 8, True),
+    SampleConfig(128, 16, 8, False, 2),
     SampleConfig(128, 16, 8, False),
     BackwardConfig(32, 64, 64, 32, 8, 1),
 )
@@ -95,8 +106,31 @@ BACKWARD[90, "half", 128] = (
 # The forward that turns q and k: smaller tiles where the table's would spill.
 ROTARY_FORWARD = dict(FORWARD)
 for _dim in (16, 32, 64):
-    ROTARY_FORWARD[80, "half", _dim] = (*2 * (ForwardConfig(64, 32, 4, 2),), ForwardConfig(128, 32, 8, 2))
-    ROTARY_FORWARD[90, "single", _dim] = 3 * (ForwardConfig(32, 32, 8, 1),)
+    ROTARY_FORWARD[80, "half", _dim] = (
+        *2 * (ForwardConfig(64, 32, 4, 2),),
+        *2 * (ForwardConfig(128, 32, 8, 2),),
+    )
+    ROTARY_FORWARD[90, "single", _dim] = ROTARY_FORWARD[100, "single", _dim] = 4 * (
+        ForwardConfig(32, 32, 8, 1),
+    )
+
+# A head dim that is no multiple of 8 has 8-byte loads, twice the addresses: two key tiles would spill.
+NARROW_BACKWARD = dict(BACKWARD)
+NARROW_BACKWARD[90, "half", 128] = NARROW_BACKWARD[100, "half", 128] = (
+    *BACKWARD[90, "half", 128][:2],
+    *2 * (BackwardConfig(32, 64, 64, 32, 8, 1),),
+)
+
+
+def table(
+    architecture: int, kind: str, head_dim: int, rotary: bool = False
+) -> list[tuple[ForwardConfig, BackwardConfig | SampleConfig]]:
+    """Forward and backward configs per entry of LENGTHS; kind: "half" or "single"."""
+    key = architecture, kind, padded_head_dim(head_dim)
+    forwards = ROTARY_FORWARD if rotary else FORWARD
+    backwards = NARROW_BACKWARD if head_dim % 8 else BACKWARD
+    return list(zip(forwards[key], backwards[key], strict=True))
+
 
 # Small enough that short tests have full, partial and empty tiles. Short samples run as on sm_90.
 INTERPRETER = ForwardConfig(64, 64, 4, 1), BackwardConfig(64, 64, 64, 64, 4, 1)
@@ -387,6 +421,14 @@ def _count_at_most(bounds, rows, limit, CHUNK: tl.constexpr):
     return count
 
 
+@triton.jit
+def _first_row(bounds, n0, rows, prefix, PREFIX: tl.constexpr):
+    """The first row that sees key n0."""
+    if PREFIX:
+        return tl.where(n0 < prefix, 0, n0)
+    return _count_at_most(bounds, rows, n0, 128)
+
+
 @triton.jit(do_not_specialize=["tokens", "key_tiles", "query_tiles", "qk_scale", "scale"])
 def backward_kernel(
     q,
@@ -527,6 +569,101 @@ def _weights(
     return gt, delta, tl.where(key[:, None] < bound[None, :], tl.exp2(s - log_sum[None, :]), 0.0)
 
 
+@triton.jit
+def _sample_tile(
+    q,
+    k,
+    v,
+    bounds,
+    rope,
+    out,
+    lse,
+    grad,
+    grad_q,
+    grad_k,
+    grad_v,
+    sums,
+    begun,
+    rows,
+    prefix,
+    qk_scale,
+    scale,
+    STRIDE_Q: tl.constexpr,
+    STRIDE_K: tl.constexpr,
+    STRIDE_V: tl.constexpr,
+    STRIDE_O: tl.constexpr,
+    STRIDE_G: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    PREFIX: tl.constexpr,
+    ROPE: tl.constexpr,
+    TURN: tl.constexpr,
+    N0: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """The gradients of the keys N0 to N0 + BN, and what they give to the rows' own, which N0 = 0 finishes.
+
+    Rows from `begun` on have a sum already, of the keys after these; LAST: none has. Returns `begun` for the
+    keys before.
+    """
+    key = N0 + tl.arange(0, BN)
+    kt = _load(k, key, rows, STRIDE_K, D, BD, False)
+    if TURN:
+        cos, sin = _angles(rope, key, rows, D, BD, False)
+        kt = _turn(kt, cos, sin, BD).to(kt.dtype)
+    vt = _load(v, key, rows, STRIDE_V, D, BD, False)
+    first = 0
+    if BM == BN and N0 == 0 and LAST:
+        # Without a loop each gradient is stored before the next is begun: far fewer registers.
+        qt = _load(q, key, rows, STRIDE_Q, D, BD, False)
+        if TURN:
+            qt = _turn(qt, cos, sin, BD).to(qt.dtype)
+        gt, delta, p = _weights(
+            kt, qt, key, key, out, grad, lse, bounds, rows, prefix, qk_scale, STRIDE_O, D, BD, PREFIX
+        )
+        gv = tl.dot(p.to(gt.dtype), gt, input_precision=_PRECISION)
+        _store(grad_v, key, rows, gv, STRIDE_G, D, BD)
+        slope = p * (tl.dot(vt, tl.trans(gt), input_precision=_PRECISION) - delta[None, :])
+        slope = slope.to(qt.dtype)
+        gq = tl.dot(tl.trans(slope), kt, input_precision=_PRECISION)
+        _store_turned(grad_q, key, rows, gq, scale, rope, STRIDE_G, D, BD, ROPE)
+        gk = tl.dot(slope, qt, input_precision=_PRECISION)
+        _store_turned(grad_k, key, rows, gk, scale, rope, STRIDE_G, D, BD, ROPE)
+    else:
+        if N0 > 0:
+            first = _first_row(bounds, N0, rows, prefix, PREFIX) // BM * BM
+        gk = tl.zeros((BN, BD), tl.float32)
+        gv = tl.zeros((BN, BD), tl.float32)
+        for m0 in range(first, rows, BM):
+            row = m0 + tl.arange(0, BM)
+            qt = _load(q, row, rows, STRIDE_Q, D, BD, False)
+            if TURN:
+                row_cos, row_sin = _angles(rope, row, rows, D, BD, False)
+                qt = _turn(qt, row_cos, row_sin, BD).to(qt.dtype)
+            gt, delta, p = _weights(
+                kt, qt, key, row, out, grad, lse, bounds, rows, prefix, qk_scale, STRIDE_O, D, BD, PREFIX
+            )
+            gv = tl.dot(p.to(gt.dtype), gt, gv, input_precision=_PRECISION)
+            # In a loop, a product that starts from -delta takes fewer registers than a difference.
+            less = tl.broadcast_to(-delta[None, :], (BN, BM))
+            slope = p * tl.dot(vt, tl.trans(gt), less, input_precision=_PRECISION)
+            slope = slope.to(qt.dtype)
+            gk = tl.dot(slope, qt, gk, input_precision=_PRECISION)
+            gq = tl.zeros((BM, BD), tl.float32)
+            if not LAST and m0 >= begun:
+                gq = _load(sums, row, rows, STRIDE_O, D, BD, False)
+            gq = tl.dot(tl.trans(slope), kt, gq, input_precision=_PRECISION)
+            if N0 > 0:
+                _store(sums, row, rows, gq, STRIDE_O, D, BD)
+            else:
+                _store_turned(grad_q, row, rows, gq, scale, rope, STRIDE_G, D, BD, ROPE)
+        _store(grad_v, key, rows, gv, STRIDE_G, D, BD)
+        _store_turned(grad_k, key, rows, gk, scale, rope, STRIDE_G, D, BD, ROPE)
+    return first
+
+
 @triton.jit(do_not_specialize=["tokens", "qk_scale", "scale"])
 def sample_backward_kernel(
     q,
@@ -541,6 +678,7 @@ def sample_backward_kernel(
     grad_q,
     grad_k,
     grad_v,
+    sums,
     tokens,
     qk_scale,
     scale,
@@ -556,8 +694,13 @@ def sample_backward_kernel(
     PREFIX: tl.constexpr,
     ROPE: tl.constexpr,
     TURN: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """All of one (sample, head) with at most BN rows: every tensor is read once."""
+    """All of one (sample, head) with at most TILES * BN rows; with one tile every tensor is read once.
+
+    The last key tile comes first, so that the first one, which all rows that see any key see, finishes the
+    gradient of q. Until then `sums`, float32 (tokens, heads, D), holds it for rows that see several tiles.
+    """
     STRIDE_O: tl.constexpr = HEADS * D
     program = tl.program_id(0)
     head = program % HEADS
@@ -571,85 +714,36 @@ def sample_backward_kernel(
     else:
         bounds += start
     q += start * STRIDE_Q + head * D
+    k += start * STRIDE_K + head * D
+    v += start * STRIDE_V + head * D
     own = (start * HEADS + head) * D
     own_grad = start * STRIDE_G + head * D
     lse += head.to(tl.int64) * tokens + start
-    key = tl.arange(0, BN)
-    kt = _load(k + start * STRIDE_K + head * D, key, rows, STRIDE_K, D, BD, False)
-    if TURN:
-        cos, sin = _angles(rope, key, rows, D, BD, False)
-        kt = _turn(kt, cos, sin, BD).to(kt.dtype)
-    vt = _load(v + start * STRIDE_V + head * D, key, rows, STRIDE_V, D, BD, False)
-    if BM == BN:
-        # Without a loop each gradient is stored before the next is begun: far fewer registers.
-        qt = _load(q, key, rows, STRIDE_Q, D, BD, False)
-        if TURN:
-            qt = _turn(qt, cos, sin, BD).to(qt.dtype)
-        gt, delta, p = _weights(
-            kt,
-            qt,
-            key,
-            key,
-            out + own,
-            grad + own,
-            lse,
-            bounds,
-            rows,
-            prefix,
-            qk_scale,
-            STRIDE_O,
-            D,
-            BD,
-            PREFIX,
-        )
-        gv = tl.dot(p.to(gt.dtype), gt, input_precision=_PRECISION)
-        _store(grad_v + own_grad, key, rows, gv, STRIDE_G, D, BD)
-        slope = p * (tl.dot(vt, tl.trans(gt), input_precision=_PRECISION) - delta[None, :])
-        slope = slope.to(qt.dtype)
-        gq = tl.dot(tl.trans(slope), kt, input_precision=_PRECISION)
-        _store_turned(grad_q + own_grad, key, rows, gq, scale, rope, STRIDE_G, D, BD, ROPE)
-        gk = tl.dot(slope, qt, input_precision=_PRECISION)
-        _store_turned(grad_k + own_grad, key, rows, gk, scale, rope, STRIDE_G, D, BD, ROPE)
-    else:
-        gk = tl.zeros((BN, BD), tl.float32)
-        gv = tl.zeros((BN, BD), tl.float32)
-        for m0 in range(0, rows, BM):
-            row = m0 + tl.arange(0, BM)
-            qt = _load(q, row, rows, STRIDE_Q, D, BD, False)
-            if TURN:
-                row_cos, row_sin = _angles(rope, row, rows, D, BD, False)
-                qt = _turn(qt, row_cos, row_sin, BD).to(qt.dtype)
-            gt, delta, p = _weights(
-                kt,
-                qt,
-                key,
-                row,
-                out + own,
-                grad + own,
-                lse,
-                bounds,
-                rows,
-                prefix,
-                qk_scale,
-                STRIDE_O,
-                D,
-                BD,
-                PREFIX,
-            )
-            gv = tl.dot(p.to(gt.dtype), gt, gv, input_precision=_PRECISION)
-            slope = p * (tl.dot(vt, tl.trans(gt), input_precision=_PRECISION) - delta[None, :])
-            slope = slope.to(qt.dtype)
-            gk = tl.dot(slope, qt, gk, input_precision=_PRECISION)
-            gq = tl.dot(tl.trans(slope), kt, input_precision=_PRECISION)
-            _store_turned(grad_q + own_grad, row, rows, gq, scale, rope, STRIDE_G, D, BD, ROPE)
-        _store(grad_v + own_grad, key, rows, gv, STRIDE_G, D, BD)
-        _store_turned(grad_k + own_grad, key, rows, gk, scale, rope, STRIDE_G, D, BD, ROPE)
+    begun = rows
+    if TILES == 2:
+        sums += own
+        if rows > BN:
+            begun = _sample_tile(
+                q, k, v, bounds, rope, out + own, lse, grad + own,
+                grad_q + own_grad, grad_k + own_grad, grad_v + own_grad, sums, begun, rows, prefix,
+                qk_scale, scale, STRIDE_Q, STRIDE_K, STRIDE_V, STRIDE_O, STRIDE_G, D, BD, BN, BM,
+                PREFIX, ROPE, TURN, BN, True,
+            )  # fmt: skip
+            # Other threads read the sums.
+            tl.debug_barrier()
+    _sample_tile(
+        q, k, v, bounds, rope, out + own, lse, grad + own,
+        grad_q + own_grad, grad_k + own_grad, grad_v + own_grad, sums, begun, rows, prefix,
+        qk_scale, scale, STRIDE_Q, STRIDE_K, STRIDE_V, STRIDE_O, STRIDE_G, D, BD, BN, BM,
+        PREFIX, ROPE, TURN, 0, TILES == 1,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=32)
 def _architecture(device: torch.device) -> int:
+    """The tables' architecture: consumer cards have sm_80's products and shared memory, sm_120 too."""
     major, _ = torch.cuda.get_device_capability(device)
-    return 90 if major >= 9 else 80
+    return {9: 90, 10: 100, 11: 100}.get(major, 80)
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -662,14 +756,13 @@ def configs(
 ) -> tuple[ForwardConfig, BackwardConfig | SampleConfig]:
     """The table's configs for tensors of q's device, dtype and head_dim (the last axis)."""
     bucket = next(i for i, length in enumerate(LENGTHS) if max_seqlen <= length)
-    head_dim = padded_head_dim(q.shape[-1])
+    head_dim = q.shape[-1]
     if interpreted():
         forward, backward = INTERPRETER
-        short = BACKWARD[90, "half", head_dim][bucket]
+        _, short = table(90, "half", head_dim)[bucket]
         return forward, short if isinstance(short, SampleConfig) else backward
     kind = "single" if q.dtype == torch.float32 else "half"
-    key = _architecture(q.device), kind, head_dim
-    return (ROTARY_FORWARD if rotary else FORWARD)[key][bucket], BACKWARD[key][bucket]
+    return table(_architecture(q.device), kind, head_dim, rotary)[bucket]
 
 
 def keeps_turned(q: Tensor, max_seqlen: int) -> bool:
@@ -789,15 +882,19 @@ def backward(
     scales = scale * math.log2(math.e), scale
     with on_device(q):
         if isinstance(config, SampleConfig):
+            tiles = triton.cdiv(max_seqlen, config.keys)
+            sums = q.new_empty((tokens, *q.shape[1:]), dtype=torch.float32) if tiles > 1 else None
             sample_backward_kernel[(pairs,)](
                 *tensors,
+                sums,
                 tokens,
                 *scales,
                 **common,
                 BN=config.keys,
                 BM=config.queries,
                 TURN=rope is not None and config.turns,
-                num_stages=1,
+                TILES=tiles,
+                num_stages=config.stages,
             )
             return
         key_tiles = triton.cdiv(max_seqlen, config.kv_keys)

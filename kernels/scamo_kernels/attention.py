@@ -13,7 +13,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from scamo_kernels._dispatch import FLOATS, LIBRARY, NAME, define, resolve
+from scamo_kernels._dispatch import FLOATS, LIBRARY, NAME, define, resolve, sees_values
 
 MAX_HEAD_DIM = 128
 _CHOICES = ("auto", "triton", "torch", "flash")
@@ -35,12 +35,14 @@ def prefix_causal_attention(
     q, k, v: (tokens, heads, head_dim), packed, one dtype (float32, float16, bfloat16; float64 with
     impl="torch"); head_dim a multiple of 4 up to 128. cu_seqlens: int32 (samples + 1), from 0 to tokens.
     prefix_lengths: int32 (samples,), from 0 to the sample's length. max_seqlen: the longest sample's length
-    or more; required on CUDA with Triton or flash (finding it would wait for the device). scale: head_dim **
-    -0.5. Returns (tokens, heads, head_dim) like q. Same inputs give the same bits with "triton" and "torch".
+    or more (what a longer sample gives is undefined); required on CUDA with Triton or flash (finding it would
+    wait for the device). scale: head_dim ** -0.5. Returns (tokens, heads, head_dim) like q. Same inputs give
+    the same bits with "triton" and "torch".
 
     impl: "auto" (Triton on CUDA, else torch) | "triton" | "torch" | "flash" (flash-attn, else torch's own
     varlen kernel, on CUDA: one bidirectional and one causal call). Raises TypeError or ValueError that names
-    the argument; the values of cu_seqlens and prefix_lengths are checked on the CPU only.
+    the argument. Values (cu_seqlens, prefix_lengths, and max_seqlen against them) are checked on the CPU; on
+    CUDA, where that waits for the device, with "torch" or SCAMO_KERNELS_DEBUG=1 only.
     """
     samples = _check(q, k, v, cu_seqlens, max_seqlen)
     _check_int32(prefix_lengths, "prefix_lengths", (samples,), "(samples,)", q.device)
@@ -88,6 +90,10 @@ def rotary_prefix_attention(
     each position and adjacent pair (x[2j], x[2j + 1]), length >= max_seqlen; a row's position is its index in
     its sample. q and k are turned in float32. Only qkv gets a gradient: one contiguous (tokens, 3, heads,
     head_dim). Returns (tokens, heads, head_dim).
+
+    A head_dim that is no multiple of 8 is slower: it cannot be read 16 bytes at a time. Heads of 100 stored
+    at 104, with zeros in the last columns of qkv, scale = 100 ** -0.5 and rope padded with (1, 0), give the
+    same results, and zeros in these columns of the output and of the gradient.
 
     cu_seqlens, prefix_lengths, max_seqlen, scale, dtypes and errors: as `prefix_causal_attention`. impl:
     "auto" | "triton" | "torch". Rotary positions: Su et al. 2021, eq. 34, pairs as in the released code.
@@ -178,9 +184,9 @@ def _attention(
     if chosen != "torch" and q.is_cuda and max_seqlen is None:
         raise ValueError("max_seqlen: required on CUDA (finding it there would wait for the device)")
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    if chosen == "flash":
-        return _flash(q, k, v, cu_seqlens, bounds, max_seqlen, scale)
     longest = -1 if max_seqlen is None else max_seqlen
+    if chosen == "flash":
+        return _flash(q, k, v, cu_seqlens, bounds, longest, scale)
     out, _ = torch.ops.scamo_kernels.attention(q, k, v, cu_seqlens, bounds, prefix, longest, scale, chosen)
     return out
 
@@ -233,7 +239,7 @@ def _flash(
     v: Tensor,
     cu_seqlens: Tensor,
     prefix_lengths: Tensor,
-    max_seqlen: int | None,
+    max_seqlen: int,
     scale: float,
 ) -> Tensor:
     if not q.is_cuda:
@@ -243,6 +249,10 @@ def _flash(
     varlen = _varlen()
     if varlen is None:
         raise ValueError('impl = "flash": neither flash-attn nor torch.nn.attention.varlen is installed')
+    if sees_values(q):
+        from scamo_kernels import _attention_torch
+
+        _attention_torch.check_values(cu_seqlens, prefix_lengths, True, q.shape[0], max_seqlen)
     return compose_varlen(varlen, q, k, v, cu_seqlens, prefix_lengths, max_seqlen, scale)
 
 
@@ -265,7 +275,7 @@ def _forward(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    if impl == "torch" or not q.is_cuda:
+    if impl == "torch" or sees_values(q):
         from scamo_kernels import _attention_torch
 
         longest = _attention_torch.check_values(cu_seqlens, bounds, prefix, q.shape[0], max_seqlen)
@@ -354,7 +364,7 @@ def _rotary_forward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     keep = _keeps_turned(qkv, max_seqlen, train, impl)
-    if impl == "torch" or not qkv.is_cuda:
+    if impl == "torch" or sees_values(qkv):
         from scamo_kernels import _attention_torch
 
         _attention_torch.check_values(cu_seqlens, prefix_lengths, True, qkv.shape[0], max_seqlen)

@@ -15,6 +15,8 @@ import pytest
 import scamo_kernels
 import torch
 from scamo_kernels import attention, reference
+from scamo_kernels._dispatch import sees_values
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 RELATIVE = 1e-5  # of the largest entry, float32
 # Half precision rounds the inputs of each of the chained products once: a few units in the last place.
@@ -70,7 +72,14 @@ CASES = [
     Case((5, 70), (2, 65), 2, 36),
     Case((96, 40), (33, 7), 1, 128),
     Case((1, 1, 0, 2), (0, 1, 0, 1), 5, 20),
+    # One program per sample, in two halves.
+    Case((201, 129, 256, 60, 128, 0, 1), (150, 0, 256, 60, 40, 0, 0), 1, 64),
+    Case((178, 140, 255), (128, 140, 3), 1, 104),
+    # Two roles: narrow loads.
+    Case((178, 140), (128, 0), 1, 100),
 ]
+# As if there were a sample that takes two halves, so that all have an empty second one.
+HALVES = 200
 # As if there were longer samples: the backward of two roles instead of one program per sample.
 MANY = 1000
 LONG = [Case((600,), (128,), 1, 64), Case((530, 3), (0, 1), 1, 100)]
@@ -127,10 +136,11 @@ def test_matches_float64(run, impl, case, kind):
     check(run, impl, case, kind, torch.float32)
 
 
+@pytest.mark.parametrize("longest", [HALVES, MANY])
 @pytest.mark.parametrize("kind", ["prefix", "random"])
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
-def test_short_samples_among_long_ones(run, case, kind):
-    check(run, "interpreter", case, kind, torch.float32, longest=MANY)
+def test_short_samples_among_long_ones(run, case, kind, longest):
+    check(run, "interpreter", case, kind, torch.float32, longest=longest)
 
 
 @pytest.mark.parametrize("impl", ["torch", "interpreter"])
@@ -171,9 +181,10 @@ def test_other_tiles(run, interpreter, tiles, kind):
 
 @pytest.mark.parametrize("impl", ["torch", "interpreter"])
 def test_same_bits_every_time(run, impl):
-    first = check(run, impl, CASES[1], "prefix", torch.float32)
-    second = check(run, impl, CASES[1], "prefix", torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for case in (CASES[1], CASES[7]):
+        first = check(run, impl, case, "prefix", torch.float32)
+        second = check(run, impl, case, "prefix", torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("impl", ["torch", "interpreter"])
@@ -426,9 +437,10 @@ def test_rotary_matches_float64(run, impl, case):
     check_rotary(run, impl, case, torch.float32)
 
 
+@pytest.mark.parametrize("longest", [HALVES, MANY])
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
-def test_rotary_short_samples_among_long_ones(run, case):
-    check_rotary(run, "interpreter", case, torch.float32, longest=MANY)
+def test_rotary_short_samples_among_long_ones(run, case, longest):
+    check_rotary(run, "interpreter", case, torch.float32, longest=longest)
 
 
 @pytest.mark.parametrize("impl", ["torch", "interpreter"])
@@ -441,14 +453,14 @@ def test_rotary_in_other_dtypes_and_scales(run, impl):
 
 @pytest.mark.parametrize("impl", ["torch", "interpreter"])
 def test_rotary_same_bits_every_time(run, impl):
-    for longest in (0, MANY):
-        first = check_rotary(run, impl, CASES[1], torch.float32, longest=longest)
-        second = check_rotary(run, impl, CASES[1], torch.float32, longest=longest)
+    for case, longest in ((CASES[1], 0), (CASES[1], MANY), (CASES[7], 0)):
+        first = check_rotary(run, impl, case, torch.float32, longest=longest)
+        second = check_rotary(run, impl, case, torch.float32, longest=longest)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("impl", ["torch", "interpreter"])
-@pytest.mark.parametrize("longest", [111, MANY])
+@pytest.mark.parametrize("longest", [111, HALVES, MANY])
 def test_rotary_without_gradient_and_from_any_layout(run, impl, longest):
     case = CASES[1]
     tensors, rope = case.tensors(torch.float32), rotary_table(longest, case.head_dim)
@@ -486,6 +498,39 @@ def test_rotary_without_tokens(run, impl, lengths):
         )
         assert out.shape == (0, 2, 64)
         assert grad.shape == (0, 3, 2, 64)
+
+
+def check_stored_wider(run, impl: str, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Heads with four zero columns more give what they give without them, and zero in these columns."""
+    tensors, longest, dim = case.tensors(dtype, device), max(case.lengths), case.head_dim
+    rope = rotary_table(longest, dim)
+    one = torch.tensor([1.0, 0.0]).expand(longest, 2, 2)
+    results = []
+    for wider, table in ((0, rope), (4, torch.cat((rope, one), 1))):
+        outputs, grads = run(
+            impl,
+            "rotary_prefix_attention",
+            torch.nn.functional.pad(fused(case, dtype, device), (0, wider)),
+            table.to(device),
+            tensors["cu_seqlens"],
+            tensors["prefix_lengths"],
+            differentiate=(0,),
+            cotangent=torch.nn.functional.pad(tensors["cotangent"], (0, wider)),
+            max_seqlen=longest,
+            scale=dim**-0.5,
+        )
+        results.append([*outputs, *grads[0].unbind(1)])
+    for exact, wide in zip(*results, strict=True):
+        assert wide.shape[-1] == dim + 4
+        assert wide[..., dim:].eq(0).all()
+        assert error(wide[..., :dim], exact) <= LOOSE.get(dtype, ROTARY)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[9]], ids=str)
+@pytest.mark.parametrize("impl", ["torch", "interpreter"])
+def test_rotary_of_heads_stored_wider(run, impl, case):
+    assert case.head_dim == 100
+    check_stored_wider(run, impl, case, torch.float32)
 
 
 def test_rotary_turns_adjacent_pairs_as_complex_numbers():
@@ -534,7 +579,7 @@ def test_rotary_gradcheck_and_one_graph():
 STEPPING = """
 import evaluate
 from scamo_kernels import _attention_triton as kernels
-kernels.BACKWARD[90, "half", 64] = 3 * (kernels.SampleConfig(128, 32, 8, True),)
+kernels.BACKWARD[90, "half", 64] = 4 * (kernels.SampleConfig(128, 32, 8, True),)
 evaluate.main()
 """
 
@@ -594,6 +639,12 @@ def test_rotary_names_bad_arguments(changes, kind, message):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", [CASES[1], CASES[9]], ids=str)
+def test_rotary_of_heads_stored_wider_on_a_gpu(run, case):
+    check_stored_wider(run, "triton", case, torch.bfloat16, "cuda")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("longest", [0, MANY], ids=["as-short", "as-long"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [*CASES, *LONG, Case((2048, 1), (150, 1), 2, 64)], ids=str)
@@ -607,6 +658,7 @@ def test_rotary_same_bits_on_a_gpu(run):
     for case in (
         Case((201, 178, 90) * 20, (150, 128, 40) * 20, 8, 64),
         Case((126, 60) * 20, (77, 9) * 20, 8, 100),
+        Case((201, 178, 90) * 20, (150, 128, 40) * 20, 8, 104),
     ):
         first = check_rotary(run, "triton", case, torch.bfloat16, "cuda")
         for _ in range(5):
@@ -647,3 +699,38 @@ def test_max_seqlen_is_required_on_a_gpu():
     arguments = {name: x.cuda() for name, x in _arguments().items()}
     with pytest.raises(ValueError, match="max_seqlen: required on CUDA"):
         scamo_kernels.prefix_causal_attention(**arguments)
+
+
+def test_values_on_a_device_are_seen_in_debug_mode_only(monkeypatch):
+    monkeypatch.delenv("SCAMO_KERNELS_DEBUG", raising=False)
+    with FakeTensorMode():
+        on_device = torch.empty(1, device="cuda")
+    assert sees_values(torch.empty(1))
+    assert not sees_values(on_device)
+    monkeypatch.setenv("SCAMO_KERNELS_DEBUG", "1")
+    assert sees_values(on_device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prefix_lengths": int32(3, 0)}, r"prefix_lengths\[0\] = 3: expected 0 to 2"),
+        ({"cu_seqlens": int32(0, 7, 6)}, "cu_seqlens: expected non-decreasing"),
+        ({"max_seqlen": 3}, "max_seqlen = 3: the longest sample has 4"),
+    ],
+)
+def test_debug_mode_checks_values_on_a_gpu(monkeypatch, changes, message):
+    monkeypatch.setenv("SCAMO_KERNELS_DEBUG", "1")
+
+    def on_gpu(arguments: dict) -> dict:
+        return {k: x.cuda() if isinstance(x, torch.Tensor) else x for k, x in arguments.items()}
+
+    plain = _arguments() | {"max_seqlen": 4}
+    with pytest.raises(ValueError, match=message):
+        scamo_kernels.prefix_causal_attention(**on_gpu(plain | changes))
+    with pytest.raises(ValueError, match=message):
+        scamo_kernels.rotary_prefix_attention(**on_gpu(_rotary_arguments() | changes))
+    del plain["prefix_lengths"]
+    with pytest.raises(ValueError, match=r"bounds\[5\] = 5: expected 0 to 4"):
+        scamo_kernels.bounded_attention(**on_gpu(plain | {"bounds": int32(1, 2, 1, 2, 3, 5)}))
