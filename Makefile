@@ -8,12 +8,18 @@ export PATH := $(BIN):$(PATH)
 
 # Where `make gpu` keeps what it measured; a stage that is done there is not run again.
 OUT ?= .gpu
+# Where `make gate` keeps the other Triton that setup.py admits, and its records.
+GATE ?= .gate
+GATE_TRITON = triton-3.6.0
+GATE_TEST = SCAMO_GATE_RECORDS=$(abspath $(GATE))/records.jsonl \
+	$(BIN)/python -m pytest tests/kernels/test_compile.py -k compiles
 
-.PHONY: help install quickstart test lint types bench bench-cpu gpu clean
+.PHONY: help install quickstart test lint types gate bench bench-cpu gpu clean
 
 help:
 	@echo "make quickstart  corpus, tokenizer, ZeRO-3 training, generation and pictures in about ten minutes"
 	@echo "make test        lint, types and every test"
+	@echo "make gate        every kernel configuration compiled by both Triton versions: benchmarks/compile_gate.md"
 	@echo "make bench       the benchmark suite"
 	@echo "make bench-cpu   its CPU cases, about two minutes"
 	@echo "make gpu         tests and benchmarks on this machine's GPU, in stages, into OUT=$(OUT)"
@@ -39,6 +45,15 @@ types: install
 
 test: lint types
 	$(BIN)/python -m pytest
+
+$(GATE)/$(GATE_TRITON)/triton: | install
+	$(BIN)/python -m pip install --quiet --no-deps --target $(GATE)/$(GATE_TRITON) $(subst -,==,$(GATE_TRITON))
+
+gate: install $(GATE)/$(GATE_TRITON)/triton
+	rm -f $(GATE)/records.jsonl
+	$(GATE_TEST)
+	SCAMO_GATE_TRITON=$(abspath $(GATE))/$(GATE_TRITON) $(GATE_TEST)
+	$(BIN)/python benchmarks/report.py gate $(GATE)/records.jsonl --output benchmarks/compile_gate.md
 
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -55,7 +55,10 @@ def _rotate(x, cos, sin, BD: tl.constexpr):
     return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (BD,))
 
 
-@triton.jit(do_not_specialize=["capacity", "splits", "row_k", "head_k", "row_v", "head_v", "qk_scale"])
+@triton.jit(
+    do_not_specialize=["capacity", "splits", "row_k", "head_k", "row_v", "head_v", "qk_scale"],
+    do_not_specialize_on_alignment=["lengths"],
+)
 def decode_kernel(
     qkv,
     cache_k,
@@ -109,6 +112,11 @@ def decode_kernel(
         # Strides come in units of UNIT elements, so that the compiler knows what they are multiples of.
         cache_k += (row * row_k + head.to(tl.int64) * head_k) * UNIT
         cache_v += (row * row_v + head.to(tl.int64) * head_v) * UNIT
+        mine = place < first + SPLIT
+        stored = inside & mine & (tl.load(lengths + row) == place)
+        tl.store(cache_k + place.to(tl.int64) * STRIDE_K + column, new_k, mask=stored)
+        tl.store(cache_v + place.to(tl.int64) * STRIDE_V + column, new_v, mask=stored)
+
         keys = cache_k + first.to(tl.int64) * STRIDE_K + column[None, :]
         values = cache_v + first.to(tl.int64) * STRIDE_V + column[None, :]
         acc = tl.zeros((BN, BD), tl.float32)
@@ -132,7 +140,6 @@ def decode_kernel(
             acc = acc * decay[:, None] + p[:, None] * v.to(tl.float32)
             peak = new_peak
 
-        mine = place < first + SPLIT
         s = tl.where(mine, tl.sum(new_k.to(tl.float32) * q, 0), -float("inf"))
         top = tl.maximum(tl.max(peak, 0), s)
         weight = tl.exp2(peak - top)
@@ -140,9 +147,6 @@ def decode_kernel(
         total_sum = tl.sum(total * weight, 0) + new_weight
         result = tl.sum(acc * weight[:, None], 0) + new_weight * new_v.to(tl.float32)
 
-        stored = inside & mine & (tl.load(lengths + row) == place)
-        tl.store(cache_k + place.to(tl.int64) * STRIDE_K + column, new_k, mask=stored)
-        tl.store(cache_v + place.to(tl.int64) * STRIDE_V + column, new_v, mask=stored)
         slot = row * HEADS + head
         if WHOLE:
             result = result / total_sum
@@ -154,7 +158,7 @@ def decode_kernel(
             tl.store(state + slot * 2 + 1, total_sum)
 
 
-@triton.jit(do_not_specialize=["capacity", "splits"])
+@triton.jit(do_not_specialize=["capacity", "splits"], do_not_specialize_on_alignment=["lengths"])
 def combine_kernel(
     partial,
     state,

@@ -30,7 +30,8 @@ def _update(peak, total, value):
     return above, total
 
 
-@triton.jit
+# A chunk's targets and losses may begin anywhere, and are read and written one by one.
+@triton.jit(do_not_specialize_on_alignment=["targets", "losses"])
 def softmax_loss_kernel(
     logits,
     targets,

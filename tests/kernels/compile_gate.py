@@ -2,7 +2,8 @@
 
 Run as a script, since the Triton interpreter must be off in the process: it reads a JSON list of cases from
 stdin, {"kernel": module.function, "signature": {...}, "constants": {...}, "warps": w, "stages": s, "arch":
-80}, and writes a JSON list of {"registers", "stack", "spills", "wide_loads", "shared", "tensor_cores"}.
+80}, and writes a JSON list of {"registers", "stack", "spills", "loads", "wide_loads", "tensor_cores",
+"shared" (bytes), "tensor_memory" (columns), "triton" (its version)}.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def compile_case(case: dict) -> dict[str, int]:
+def compile_case(case: dict) -> dict[str, int | str]:
     module, function = case["kernel"].rsplit(".", 1)
     kernel = getattr(importlib.import_module(f"scamo_kernels.{module}"), function)
     names = kernel.arg_names
@@ -55,8 +56,11 @@ def compile_case(case: dict) -> dict[str, int]:
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "wide_loads": len(re.findall(r"\b(?:LDG\.E(?:\.\w+)*\.128|LDGSTS\.E(?:\.\w+)*\.128)", sass)),
         "loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.E", sass)),
-        "tensor_cores": len(re.findall(r"\b(?:HMMA|HGMMA)\b", sass)),
+        # Of sm_80, sm_90 and sm_100.
+        "tensor_cores": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", sass)),
         "shared": compiled.metadata.shared,
+        "tensor_memory": compiled.metadata.tmem_size,
+        "triton": triton.__version__,
     }
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +14,13 @@ from pathlib import Path
 import pytest
 import scamo_kernels
 import torch
+from scamo_kernels import reference
+from scamo_kernels._dispatch import LIBRARY, NAME
 
 LEVELS = [8, 8, 8, 5, 5, 5]
 ARCHITECTURES = (80, 90)
+# What the paper's models take is compiled for sm_100 too.
+MORE_ARCHITECTURES = (*ARCHITECTURES, 100)
 # (head_dim, heads) of the paper's models.
 SHIPPED = ((64, 16), (100, 32))
 # Others that fill a padded head dim wholly, or leave the least alignment.
@@ -27,69 +31,130 @@ def int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def packed() -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 9, 2, 8, generator=generator).unbind()
+def normal(*shape: int, grad: bool = False) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).requires_grad_(grad)
 
 
-def test_opcheck():
-    """Schema, fake tensors, autograd registration and tracing of every low-level op."""
-    ops = torch.ops.scamo_kernels
-    q, k, v = (x.clone().requires_grad_() for x in packed())
+def low_level_calls() -> dict[str, list[tuple]]:
+    """Arguments for every registered op, by its name."""
+    q, k, v = (normal(9, 2, 8, grad=True) for _ in "qkv")
+    grad, qkv, rope = normal(9, 2, 8), normal(9, 3, 2, 8, grad=True), normal(5, 4, 2)
     cu, prefix, bounds = int32(0, 5, 9), int32(2, 0), int32(0, 1, 2, 2, 5, 1, 2, 3, 4)
-    z = torch.randn(7, 6, requires_grad=True)
-    torch.library.opcheck(ops.attention.default, (q, k, v, cu, prefix, True, 5, 0.3, "torch"))
-    torch.library.opcheck(ops.attention.default, (q, k, v, cu, bounds, False, -1, 0.3, "torch"))
-    lse = torch.zeros(0)
-    plain = [x.detach() for x in (q, q, k, v, q)]
-    torch.library.opcheck(ops.attention_backward.default, (*plain, lse, cu, prefix, True, 5, 0.3, "torch"))
-    qkv = torch.randn(9, 3, 2, 8, requires_grad=True)
-    rope = torch.randn(5, 4, 2)
-    torch.library.opcheck(ops.rotary_attention.default, (qkv, rope, cu, prefix, 5, 0.3, True, "torch"))
-    plain = qkv.detach(), rope, cu, prefix, 5, 0.3, False, "torch"
-    torch.library.opcheck(ops.rotary_attention.default, plain)
-    saved = (qkv.detach(), rope, q.detach(), lse, torch.randn(2, 9, 2, 8))
-    torch.library.opcheck(
-        ops.rotary_attention_backward.default, (q.detach(), *saved, cu, prefix, 5, 0.3, "torch")
-    )
-    torch.library.opcheck(ops.fsq_quantize.default, (z, LEVELS, "torch"))
-    torch.library.opcheck(ops.fsq_quantize_backward.default, (z.detach(), z.detach(), LEVELS, "torch"))
-    indices = int32(1, 2, 3)
-    torch.library.opcheck(ops.fsq_dequantize.default, (indices, LEVELS, torch.float32, "torch"))
-    torch.library.opcheck(ops.code_histogram.default, (indices, 5, "torch"))
+    plain, lse = [x.detach() for x in (q, q, k, v, q)], torch.zeros(0)
+    causal, general = (cu, prefix, True, 5, 0.3, "torch"), (cu, bounds, False, -1, 0.3, "torch")
+    rotary = cu, prefix, 5, 0.3
+    saved = qkv.detach(), rope, grad, lse, normal(2, 9, 2, 8)
+    caches = normal(2, 2, 5, 8), normal(2, 2, 5, 8)
+    z, codes = normal(7, 6, grad=True), normal(7, 6)
+    # hidden, w_in, b_in, w_out, b_out
+    maps = [normal(*shape, grad=True) for shape in ((7, 12), (6, 12), (6,), (12, 6), (12,))]
+    project = normal(7, 12), *(maps[i].detach() for i in (0, 1, 3)), codes
+    x, residual = normal(5, 8, grad=True), normal(5, 8, grad=True)
+    weight, rows, scale = normal(8, grad=True), normal(5, 8), torch.ones(5)
+    hidden, head, targets = normal(5, 4, grad=True), normal(9, 4, grad=True), torch.tensor([0, 8, 3, 3, 1])
+    half = hidden.detach().bfloat16().requires_grad_(), head.detach().bfloat16().requires_grad_()
+    return {
+        "attention": [(q, k, v, *causal), (q, k, v, *general)],
+        "attention_backward": [(*plain, lse, *causal), (*plain, lse, *general)],
+        "rotary_attention": [(qkv, rope, *rotary, True, "torch"), (saved[0], rope, *rotary, False, "torch")],
+        "rotary_attention_backward": [(grad, *saved, *rotary, "torch")],
+        "decode_attention": [(normal(2, 3, 2, 8), *caches, int32(4, 0), normal(5, 8), 0.3, "torch")],
+        "fsq_quantize": [(z, LEVELS, "torch"), (z, LEVELS, "torch", "mentzer", 3)],
+        "fsq_quantize_backward": [
+            (codes, codes, LEVELS, "torch"),
+            (codes, codes, LEVELS, "torch", "sigmoid", 2),
+        ],
+        "fsq_dequantize": [
+            (int32(1, 2, 3), LEVELS, torch.float32, "torch"),
+            (int32(1, 2, 3, 4).view(2, 2), LEVELS, torch.float32, "torch", 2),
+        ],
+        "fsq_project": [(*maps, LEVELS, "sigmoid", "torch")],
+        "fsq_project_backward": [(*project, LEVELS, "tanh", "torch")],
+        "code_histogram": [(int32(1, 2, 3), 5, "torch")],
+        "linear_cross_entropy": [
+            (hidden, head, targets, 2, True, True, "torch"),
+            (hidden.detach(), head, targets, 2, False, True, "torch"),
+            (hidden.detach(), head.detach(), targets, 2, False, False, "torch"),
+            (*half, targets, 0, True, True, "torch"),
+        ],
+        "rms_norm": [(x, weight, 1e-5, "torch")],
+        "add_rms_norm": [(x, residual, weight, 1e-5, "torch")],
+        "rms_norm_backward": [
+            (rows, total, rows, weight.detach(), scale, "torch") for total in (None, residual.detach())
+        ],
+        "swiglu": [(normal(5, 12, grad=True), "torch")],
+        "swiglu_backward": [(normal(5, 6), normal(5, 12), "torch")],
+    }
+
+
+@pytest.mark.parametrize("name", sorted(name.removeprefix(NAME) for name in LIBRARY._op_defs))
+def test_opcheck(name):
+    """Schema, fake tensors, autograd registration and tracing of every registered op."""
+    for arguments in low_level_calls()[name]:
+        torch.library.opcheck(getattr(torch.ops.scamo_kernels, name).default, arguments)
 
 
 def test_gradcheck():
-    q, k, v = (x.double().requires_grad_() for x in packed())
+    q, k, v = (normal(9, 2, 8, grad=True) for _ in "qkv")
     cu, prefix = int32(0, 5, 9), int32(2, 0)
     assert torch.autograd.gradcheck(
-        lambda *x: scamo_kernels.prefix_causal_attention(*x, cu, prefix), (q, k, v), fast_mode=True
+        lambda *x: scamo_kernels.prefix_causal_attention(*x, cu, prefix),
+        [x.detach().double().requires_grad_() for x in (q, k, v)],
+        fast_mode=True,
     )
 
 
-def block(q, k, v, cu, prefix, longest):
-    """A piece of a model with every differentiable op; one graph."""
-    out = scamo_kernels.prefix_causal_attention(q * 2, k, v, cu, prefix, max_seqlen=longest).flatten(1)
-    codes, indices = scamo_kernels.fsq_quantize(out[:, :6], LEVELS)
-    counts = scamo_kernels.code_histogram(indices, 64000)
-    again = scamo_kernels.fsq_dequantize(indices, LEVELS)
-    return out.square().sum() + codes.sum(), counts, again
+def block(x, w_qkv, w_norm, w_up, w_in, b_in, w_out, b_out, head, rope, cache, cu, prefix, bounds, longest):
+    """A model with every op, in one graph: a scalar to differentiate, and what has no gradient."""
+    normed = scamo_kernels.rms_norm(x, w_norm)
+    qkv = (normed @ w_qkv).view(-1, 3, 2, 8)
+    q, k, v = qkv.unbind(1)
+    branch = scamo_kernels.rotary_prefix_attention(qkv, rope, cu, prefix, max_seqlen=longest)
+    branch = branch + scamo_kernels.prefix_causal_attention(q, k, v, cu, prefix, max_seqlen=longest)
+    branch = branch + scamo_kernels.bounded_attention(q, k, v, cu, bounds, max_seqlen=longest)
+    normed, total = scamo_kernels.add_rms_norm(branch.flatten(1), x, w_norm)
+    hidden = total + scamo_kernels.swiglu(normed @ w_up)
+    codes, indices = scamo_kernels.fsq_quantize(hidden[:, :6], LEVELS)
+    grouped, two = scamo_kernels.fsq_quantize_grouped(hidden[:, :12], LEVELS, 2)
+    residual, three = scamo_kernels.fsq_quantize_residual(hidden[:, :6], LEVELS, 3)
+    out, _ = scamo_kernels.fsq_project(hidden, w_in, b_in, w_out, b_out, LEVELS)
+    targets = indices % head.shape[0]
+    loss, losses = scamo_kernels.linear_cross_entropy(hidden + out, head, targets)
+    with torch.no_grad():
+        step = scamo_kernels.decode_attention(qkv[:2].detach(), *cache, prefix[:2], rope)
+    others = (
+        scamo_kernels.fsq_dequantize(indices, LEVELS),
+        scamo_kernels.fsq_dequantize_grouped(two, LEVELS),
+        scamo_kernels.fsq_dequantize_residual(three, LEVELS),
+        scamo_kernels.code_histogram(indices, 64000),
+    )
+    return loss + codes.sum() + grouped.square().sum() + residual.sum(), losses, step, *cache, *others
 
 
 def check_compiled(backend: str, device: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend=backend)
+    weights = [normal(9, 16), normal(16, 48), normal(16), normal(16, 32), normal(6, 16), normal(6)]
+    weights += [normal(16, 6), normal(16), normal(33, 16)]
     # Lengths change from batch to batch.
     for lengths in ((5, 4), (9, 0), (2, 3, 4)):
-        cu = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
-        prefix = torch.tensor([n // 2 for n in lengths]).int().to(device)
+        cu = torch.tensor([0, *lengths]).cumsum(0)
+        prefix = torch.tensor([n // 2 for n in lengths])
+        bounds = torch.cat([torch.arange(1, n + 1) for n in lengths])
+        rest = [x.int().to(device) for x in (cu, prefix, bounds)]
         results = []
         for function in (block, compiled):
-            inputs = [x.to(device).requires_grad_() for x in packed()]
-            loss, counts, codes = function(*inputs, cu, prefix, max(lengths))
-            results.append([loss.detach(), counts, codes, *torch.autograd.grad(loss, inputs)])
+            leaves = [x.to(device).requires_grad_() for x in weights]
+            cache = normal(2, 2, 2, 9, 8).to(device).unbind()
+            rope = normal(9, 4, 2).to(device)
+            loss, *others = function(*leaves, rope, cache, *rest, max(lengths))
+            results.append([loss.detach(), *others, *torch.autograd.grad(loss, leaves)])
         for a, b in zip(*results, strict=True):
-            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_compiled_block_has_every_op():
+    assert set(scamo_kernels.__all__) <= set(block.__code__.co_names)
 
 
 def test_torch_compile_traces_one_graph():
@@ -97,6 +162,9 @@ def test_torch_compile_traces_one_graph():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler on the CPU"
+)
 def test_torch_compile_with_inductor():
     check_compiled("inductor", "cpu")
 
@@ -106,8 +174,15 @@ def test_torch_compile_on_a_gpu():
     check_compiled("inductor", "cuda")
 
 
-def attention_case(arch, dtype, head_dim, heads, prefix, config, rope=False, keep=False) -> dict:
-    """keep: the forward keeps the turned q and k; a backward's own config says whether it reads them."""
+# Heads of 100 can be stored at 104.
+ATTENTION = (*SHIPPED, (104, 32))
+
+
+def attention_case(arch, dtype, head_dim, heads, prefix, config, rope=False, keep=False, tiles=1) -> dict:
+    """keep: the forward keeps the turned q and k; a backward's own config says whether it reads them.
+
+    tiles: key tiles of a program per (head, sample).
+    """
     from scamo_kernels import _attention_triton as kernels
 
     data = f"*{dtype}"
@@ -133,8 +208,10 @@ def attention_case(arch, dtype, head_dim, heads, prefix, config, rope=False, kee
         constants |= {"STRIDE_G": strides["STRIDE_V"]}
         turns = False
         if isinstance(config, kernels.SampleConfig):
-            kernel, turns = "sample_backward_kernel", config.turns
-            constants |= {"BN": config.keys, "BM": config.queries, "TURN": rope and turns}
+            kernel, turns, stages = "sample_backward_kernel", config.turns, config.stages
+            constants |= {"BN": config.keys, "BM": config.queries, "TURN": rope and turns, "TILES": tiles}
+            signature |= {"sums": "*fp32"} if tiles > 1 else {}
+            constants |= {} if tiles > 1 else {"sums": None}
         else:
             kernel, stages = "backward_kernel", config.stages
             signature |= {"key_tiles": "i32", "query_tiles": "i32"}
@@ -152,78 +229,83 @@ def attention_case(arch, dtype, head_dim, heads, prefix, config, rope=False, kee
     }
 
 
-def attention_cases(shapes, dtypes, prefixes, rope=False) -> list[dict]:
+def attention_cases(shapes, dtypes, prefixes, rope=False, architectures=ARCHITECTURES) -> list[dict]:
     """Every distinct config of the table for these shapes, as a training step and inference launch them."""
     from scamo_kernels import _attention_triton as kernels
 
     cases = []
-    for arch in ARCHITECTURES:
+    for arch in architectures:
         for dtype, (head_dim, heads), prefix in itertools.product(dtypes, shapes, prefixes):
-            key = arch, "single" if dtype == "fp32" else "half", kernels.padded_head_dim(head_dim)
             launches = []
-            forwards = kernels.ROTARY_FORWARD if rope else kernels.FORWARD
-            for forward, backward in zip(forwards[key], kernels.BACKWARD[key], strict=True):
-                turns = isinstance(backward, kernels.SampleConfig) and backward.turns
-                launches += [(forward, False), (forward, rope and not turns), (backward, False)]
-            for config, keep in dict.fromkeys(launches):
-                cases.append(attention_case(arch, dtype, head_dim, heads, prefix, config, rope, keep))
+            rows = kernels.table(arch, "single" if dtype == "fp32" else "half", head_dim, rope)
+            for (forward, backward), length in zip(rows, kernels.LENGTHS, strict=True):
+                sample = isinstance(backward, kernels.SampleConfig)
+                keep = rope and not (sample and backward.turns)
+                launches += [(forward, False, 1), (forward, keep, 1)]
+                launches.append((backward, False, -(-length // backward.keys) if sample else 1))
+            for config, keep, tiles in dict.fromkeys(launches):
+                cases.append(attention_case(arch, dtype, head_dim, heads, prefix, config, rope, keep, tiles))
     return cases
 
 
-def elementwise_cases(levels, dtypes) -> list[dict]:
-    from scamo_kernels import _fsq_triton as fsq
-    from scamo_kernels import _histogram_triton as histogram
+def fsq_cases(levels, dtypes, architectures=ARCHITECTURES, bound="tanh", stages=1) -> list[dict]:
+    from scamo_kernels import _fsq_triton as kernels
 
-    constants = {name: list(values) for name, values in fsq.constants(levels).items()}
-    shape = {"D": len(levels), "BD": 1 << (len(levels) - 1).bit_length(), "BLOCK": fsq.BLOCK}
+    names = "HALF", "OFFSET", "SHIFT", "WIDTH", "STEP"
+    flags = {"NATIVE": True, "SCALE": reference.fsq_scale(bound)}
     cases = []
-    for arch in ARCHITECTURES:
-        for dtype in dtypes:
-            kernels = {
-                "quantize": (
-                    {"z": f"*{dtype}", "codes": f"*{dtype}", "indices": "*i32"},
-                    ("HALF", "OFFSET", "SHIFT", "WIDTH", "BASIS", "STEP"),
-                    {"NATIVE": True, "SCALE": 1.0, "STAGES": 1},
-                ),
-                "quantize_backward": (
-                    {"grad": f"*{dtype}", "z": f"*{dtype}", "grad_z": f"*{dtype}"},
-                    ("HALF", "OFFSET", "SHIFT", "WIDTH", "SLOPE", "STEP"),
-                    {"NATIVE": True, "SCALE": 1.0, "STAGES": 1},
-                ),
-                "dequantize": ({"indices": "*i32", "codes": f"*{dtype}"}, ("LEVELS", "BASIS"), {"STAGES": 1}),
-            }
-            for name, (signature, names, rest) in kernels.items():
-                cases.append(
-                    {
-                        "kernel": f"_fsq_triton.{name}_kernel",
-                        "arch": arch,
-                        "signature": signature | {"rows": "i32"},
-                        "constants": shape | {n: constants[n] for n in names} | rest,
-                        "warps": fsq.WARPS,
-                        "stages": 1,
-                    }
-                )
-        cases.append(
-            {
-                "kernel": "_histogram_triton.histogram_kernel",
-                "arch": arch,
-                "signature": {"indices": "*i32", "counts": "*i64", "count": "i32", "codebook_size": "i32"},
-                "constants": {"BLOCK": histogram.BLOCK},
-                "warps": histogram.WARPS,
-                "stages": 1,
-            }
-        )
+    for arch, data in itertools.product(architectures, (f"*{dtype}" for dtype in dtypes)):
+        for kernel, signature, picked, rest in (
+            ("quantize", {"z": data, "codes": data, "indices": "*i32"}, (*names, "BASIS"), flags),
+            ("quantize_backward", {"grad": data, "z": data, "grad_z": data}, (*names, "SLOPE"), flags),
+            ("dequantize", {"indices": "*i32", "codes": data}, ("LEVELS", "BASIS"), {}),
+        ):
+            values = {k: list(v) for k, v in kernels.pick(levels, bound, *picked).items()}
+            cases.append(
+                {
+                    "kernel": f"_fsq_triton.{kernel}_kernel",
+                    "arch": arch,
+                    "signature": signature | {"rows": "i32"},
+                    "constants": values | rest | kernels.shape(levels, stages) | {"STAGES": stages},
+                    "warps": kernels.WARPS,
+                    "stages": 1,
+                }
+            )
     return cases
+
+
+def histogram_cases(architectures) -> list[dict]:
+    from scamo_kernels import _histogram_triton as kernels
+
+    signature = {"indices": "*i32", "counts": "*i64", "count": "i32", "codebook_size": "i32"}
+    return [
+        {
+            "kernel": "_histogram_triton.histogram_kernel",
+            "arch": arch,
+            "signature": signature,
+            "constants": {"BLOCK": kernels.BLOCK},
+            "warps": kernels.WARPS,
+            "stages": 1,
+        }
+        for arch in architectures
+    ]
 
 
 def compile_all(cases: list[dict], environment) -> list[dict]:
-    """Results of compile_gate.py, which needs a process without the interpreter."""
+    """Results of compile_gate.py, which needs a process without the interpreter.
+
+    SCAMO_GATE_TRITON is a folder with another Triton to compile with (pip install --target).
+    """
+    variables = environment()
+    if other := os.environ.get("SCAMO_GATE_TRITON"):
+        assert (Path(other) / "triton" / "__init__.py").is_file(), f"SCAMO_GATE_TRITON={other}: no triton"
+        variables["PYTHONPATH"] = os.pathsep.join([os.path.abspath(other), variables["PYTHONPATH"]])
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("compile_gate.py")],
         input=json.dumps(cases),
         capture_output=True,
         text=True,
-        env=environment(),
+        env=variables,
         timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -233,10 +315,9 @@ def compile_all(cases: list[dict], environment) -> list[dict]:
 def record(results: list[tuple[dict, dict]]) -> None:
     """Append to the file that SCAMO_GATE_RECORDS names; `benchmarks/report.py gate` makes a table of it."""
     if path := os.environ.get("SCAMO_GATE_RECORDS"):
-        version = importlib.metadata.version("triton")
         with Path(path).open("a", encoding="utf-8") as file:
             for case, result in results:
-                file.write(json.dumps({"case": case, "result": result, "triton": version}) + "\n")
+                file.write(json.dumps({"case": case, "result": result}) + "\n")
 
 
 def gate(cases: list[dict], environment) -> list[tuple[dict, dict]]:
@@ -246,9 +327,12 @@ def gate(cases: list[dict], environment) -> list[tuple[dict, dict]]:
     record(results)
     faults = []
     for case, result in results:
-        # Per block: 99 KB on sm_86 and sm_89, which the sm_80 table also serves; 227 KB on sm_90.
+        # Per block: 99 KB on sm_86 and sm_89, which the sm_80 table also serves; 227 KB on sm_90 and sm_100.
         memory = (99 if case["arch"] == 80 else 227) * 1024
-        if result["stack"] or result["spills"] or result["registers"] > 255 or result["shared"] > memory:
+        # For sm_100 ptxas leaves a word or two on the stack for the sake of one more block.
+        stack = 8 if case["arch"] == 100 else 0
+        spilt = max(result["stack"], result["spills"]) > stack
+        if spilt or result["registers"] > 255 or result["shared"] > memory:
             faults.append(
                 (case["kernel"], case["arch"], case["signature"], case["constants"], case["warps"], result)
             )
@@ -261,25 +345,44 @@ def check_attention(cases, environment) -> None:
         half = "bf16" in case["signature"]["q"]
         assert result["registers"] <= (240 if half else 255), (case, result)
         assert result["tensor_cores"] > 0, (case, result)
-        if case["constants"]["D"] == 64 and half and case["constants"]["PREFIX"]:
+        if case["constants"]["D"] in (64, 104) and half and case["constants"]["PREFIX"]:
             # 128-bit loads for all of q, k, v, out, grad and the table; cu_seqlens, bounds and lse: 32-bit.
             backward = case["kernel"].endswith("backward_kernel")
             narrow = result["loads"] - result["wide_loads"]
             assert result["wide_loads"] > 0
-            assert narrow <= (64 if backward else 3), (case, result)
+            assert narrow <= (40 if backward else 3), (case, result)
+
+
+def test_attention_tables_are_whole():
+    """A config for every length; a program per (head, sample) takes one tile of keys or two."""
+    pytest.importorskip("triton")
+    from scamo_kernels import _attention_triton as kernels
+
+    shapes = itertools.product((80, 90, 100), ("half", "single"), range(4, 129, 4), (False, True))
+    for arch, kind, head_dim, rope in shapes:
+        rows = kernels.table(arch, kind, head_dim, rope)
+        for (_, backward), length in zip(rows, kernels.LENGTHS, strict=True):
+            if isinstance(backward, kernels.SampleConfig):
+                assert length <= 2 * backward.keys, (arch, kind, head_dim, rope)
 
 
 def test_attention_compiles_for_the_paper_s_models(environment):
-    check_attention(attention_cases(SHIPPED, ["bf16"], [True]), environment)
+    check_attention(attention_cases(ATTENTION, ["bf16"], [True], False, MORE_ARCHITECTURES), environment)
 
 
 @pytest.mark.slow
 def test_rotary_attention_compiles_for_the_paper_s_models(environment):
-    check_attention(attention_cases(SHIPPED, ["bf16"], [True], rope=True), environment)
+    check_attention(attention_cases(ATTENTION, ["bf16"], [True], True, MORE_ARCHITECTURES), environment)
 
 
-def test_elementwise_kernels_compile(environment):
-    gate(elementwise_cases(LEVELS, ["bf16"]), environment)
+def check_elementwise(cases, environment) -> None:
+    for case, result in gate(cases, environment):
+        assert result["registers"] <= 240, (case, result)
+
+
+def test_fsq_and_histogram_compiles(environment):
+    cases = fsq_cases(LEVELS, ["bf16"], MORE_ARCHITECTURES) + histogram_cases(MORE_ARCHITECTURES)
+    check_elementwise(cases, environment)
 
 
 @pytest.mark.slow
@@ -289,7 +392,7 @@ def test_attention_compiles_for_other_shapes(environment):
 
 @pytest.mark.slow
 def test_attention_compiles_with_bounds(environment):
-    check_attention(attention_cases(SHIPPED, ["bf16"], [False]), environment)
+    check_attention(attention_cases(ATTENTION, ["bf16"], [False]), environment)
 
 
 @pytest.mark.slow
@@ -308,17 +411,82 @@ def test_rotary_attention_compiles_in_float32(environment):
 
 
 @pytest.mark.slow
-def test_elementwise_kernels_compile_for_other_levels(environment):
-    for levels in ([8, 6, 5], [7, 5, 5, 5, 5]):
-        gate(elementwise_cases(levels, ["fp16", "fp32"]), environment)
+def test_fsq_compiles_for_other_levels(environment):
+    """Few channels, thirty of them, and stages."""
+    cases = fsq_cases([8, 6, 5], ["fp16", "fp32"]) + fsq_cases([7, 5, 5, 5, 5], ["fp16", "fp32"])
+    cases += fsq_cases([2] * 30, ["bf16"], bound="sigmoid")
+    cases += fsq_cases(LEVELS, ["bf16"], bound="mentzer", stages=4)
+    check_elementwise(cases, environment)
 
 
-def decode_cases(shapes, dtypes) -> list[dict]:
+def fsq_project_cases(dtypes, shapes, architectures=ARCHITECTURES) -> list[dict]:
+    """dtypes: of the hidden states and of the weights; shapes: width and levels."""
+    from scamo_kernels import _fsq_project_triton as kernels
+    from scamo_kernels._fsq_triton import pick
+
+    torch_dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    names = "HALF", "OFFSET", "SHIFT", "WIDTH"
+    cases = []
+    for arch, (data, weight), (width, levels) in itertools.product(architectures, dtypes, shapes):
+        signature = dict.fromkeys(("hidden", "out", "grad", "grad_hidden"), f"*{data}")
+        signature |= dict.fromkeys(("w_in", "b_in", "w_out", "b_out"), f"*{weight}")
+        signature |= dict.fromkeys(("grad_w_in", "grad_b_in", "grad_w_out", "grad_b_out"), f"*{weight}")
+        signature |= dict.fromkeys(("z", "z_out", "partial"), "*fp32") | {"indices": "*i32"}
+        signature |= {"rows": "i32", "programs": "i32"}
+        flags = {"BD": kernels.CHANNELS, "SCALE": 1.0, "NATIVE": True}
+        backward = kernels.backward_config(torch_dtypes[data], torch_dtypes[weight])
+        for kernel, config, picked, rest in (
+            ("forward", kernels.FORWARD, (*names, "BASIS"), flags),
+            ("backward", backward, (*names, "SLOPE"), flags),
+            ("sum", kernels.SUM, (), {}),
+        ):
+            values = {k: list(v) for k, v in pick(levels, "tanh", *picked).items()}
+            shape = {"W": width, "D": len(levels), "ROWS": config.rows, "COLUMNS": config.columns}
+            cases.append(
+                {
+                    "kernel": f"_fsq_project_triton.{kernel}_kernel",
+                    "arch": arch,
+                    "signature": signature,
+                    "constants": values | rest | shape,
+                    "warps": config.warps,
+                    "stages": config.stages,
+                }
+            )
+    return cases
+
+
+def check_fsq_project(cases, environment) -> None:
+    """Few registers, little shared memory, tensor cores, 128-bit loads."""
+    for case, result in gate(cases, environment):
+        half = "*fp32" not in (case["signature"]["hidden"], case["signature"]["w_in"])
+        assert result["registers"] <= (240 if half else 255), (case, result)
+        assert result["shared"] <= 48 * 1024, (case, result)
+        if not case["kernel"].endswith("sum_kernel"):
+            assert result["tensor_cores"] > 0, (case, result)
+            # z, w_out's rows of six values and the biases stay narrow.
+            if case["constants"]["W"] % 64 == 0:
+                assert result["wide_loads"] >= 4, (case, result)
+
+
+def test_fsq_project_compiles_as_shipped(environment):
+    check_fsq_project(fsq_project_cases([("bf16", "bf16")], [(512, LEVELS)], MORE_ARCHITECTURES), environment)
+
+
+@pytest.mark.slow
+def test_fsq_project_compiles_for_other_dtypes_and_shapes(environment):
+    dtypes = [("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "fp16")]
+    shapes = [(100, (8, 6, 5)), (1024, (5,) * 8)]
+    cases = fsq_project_cases(dtypes, [(512, LEVELS)])
+    cases += fsq_project_cases([("bf16", "bf16"), ("fp32", "fp32")], shapes)
+    check_fsq_project(cases, environment)
+
+
+def decode_cases(shapes, dtypes, architectures=ARCHITECTURES) -> list[dict]:
     """One split, several, and their sum; caches as (B, H, capacity, D)."""
     from scamo_kernels import _decode_triton as kernels
 
     cases = []
-    for arch, dtype, (head_dim, heads) in itertools.product(ARCHITECTURES, dtypes, shapes):
+    for arch, dtype, (head_dim, heads) in itertools.product(architectures, dtypes, shapes):
         size = 4 if dtype == "fp32" else 2
         padded = kernels.padded_head_dim(head_dim)
         config = kernels.CONFIGS[size, padded]
@@ -355,7 +523,7 @@ def check_decode(cases, environment) -> None:
 
 
 def test_decode_compiles_for_the_paper_s_models(environment):
-    check_decode(decode_cases(SHIPPED, ["bf16"]), environment)
+    check_decode(decode_cases(SHIPPED, ["bf16"], MORE_ARCHITECTURES), environment)
 
 
 @pytest.mark.slow
@@ -363,7 +531,7 @@ def test_decode_compiles_for_other_shapes(environment):
     check_decode(decode_cases(OTHERS, ["bf16"]) + decode_cases((*SHIPPED, (128, 8)), ["fp32"]), environment)
 
 
-def surrounding_cases(widths, hiddens, classes, dtypes) -> list[dict]:
+def surrounding_cases(widths, hiddens, classes, dtypes, architectures=ARCHITECTURES) -> list[dict]:
     """What surrounds attention: normalisation, SwiGLU's gate and the loss."""
     from scamo_kernels import _linear_cross_entropy_triton as loss
     from scamo_kernels import _rms_norm_triton as norm
@@ -397,7 +565,7 @@ def surrounding_cases(widths, hiddens, classes, dtypes) -> list[dict]:
             columns, warps = loss.block(count)
             constants = {"V": count, "STRIDE": -(-count // 64) * 64, "BLOCK": columns, "TRAIN": train}
             case("_linear_cross_entropy_triton.softmax_loss_kernel", signature, constants, warps)
-    return [case | {"arch": arch} for arch in ARCHITECTURES for case in cases]
+    return [case | {"arch": arch} for arch in architectures for case in cases]
 
 
 def check_surrounding(cases, environment) -> None:
@@ -417,7 +585,8 @@ def check_surrounding(cases, environment) -> None:
 
 
 def test_what_surrounds_attention_compiles(environment):
-    check_surrounding(surrounding_cases((1024, 3200), (2816,), (65537,), ["bf16"]), environment)
+    shapes = (1024, 3200), (2816,), (65537,)
+    check_surrounding(surrounding_cases(*shapes, ["bf16"], MORE_ARCHITECTURES), environment)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,23 @@ def test_triton_on_the_cpu_is_refused_without_the_interpreter(environment):
     )
     message = python(environment, program)
     assert message.startswith('impl = "triton": needs a CUDA tensor, not one on cpu (TRITON_INTERPRET=1')
+
+
+def test_another_project_uses_it_in_five_lines(tmp_path, environment):
+    """README.md's example with nothing but kernels/ on the path, where scamo cannot be imported."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (example,) = (block for block in blocks if "from scamo_kernels import" in block)
+    assert len([line for line in example.splitlines() if line and "import" not in line.split()]) <= 5
+    program = (
+        f"import sys; sys.modules['scamo'] = None\n{example}"
+        "from scamo_kernels import reference\n"
+        "torch.testing.assert_close(out, reference.prefix_causal_attention(q, k, v, cu_seqlens, prefix))\n"
+    )
+    command = [sys.executable, "-c", program]
+    variables = environment(PYTHONPATH=str(ROOT / "kernels"))
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", scamo_kernels.__all__)
