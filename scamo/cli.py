@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -172,11 +173,9 @@ def tokenizer_evaluate(
         split: which part of it; `scamo evaluate` has the tokenizer's row on the test split.
         device: auto, cpu or cuda.
     """
-    import json
-
     from scamo.tokenizers.evaluate import evaluate_tokenizer
 
-    print(json.dumps(evaluate_tokenizer(tokenizer, dataset, split=split, device=device), indent=2))
+    print(dumps(evaluate_tokenizer(tokenizer, dataset, split=split, device=device), indent=2))
 
 
 @tokenizer.command(name="encode")
@@ -200,6 +199,53 @@ def tokenizer_encode(
     from scamo.tokenizers.encode import encode_dataset
 
     encode_dataset(tokenizer, dataset, name=name, device=device, overwrite=overwrite)
+
+
+@app.command
+def plan(
+    *,
+    config: Path,
+    ds_config: Path = Path("configs/ds_zero3.json"),
+    set: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="SECTION.KEY=VALUE")]] = (),
+    gpu_memory: float | None = None,
+    ranks: int = 1,
+    mfu: float = 0.45,
+    peak_tflops: float | None = None,
+    dataset: Path | None = None,
+    motion_tokens: int = 0,
+    micro_batch_tokens: int | None = None,
+    json: bool = False,
+) -> None:
+    """Print what a training run takes before it starts: memory of a GPU by part, time, disk and data.
+
+    Args:
+        config: TOML of the run, as train.py takes it.
+        ds_config: DeepSpeed's JSON.
+        set: override a key of the config; may be repeated.
+        gpu_memory: GiB of one GPU (24, 80, 141); that of the GPU here without it.
+        ranks: number of GPUs.
+        mfu: share of the peak FLOP/s that training is taken to reach.
+        peak_tflops: dense bfloat16 TFLOP/s of one GPU.
+        dataset: a dataset folder, for codes, text width, lengths and the size of a pass.
+        motion_tokens: motion tokens of a pass, where there is no dataset.
+        micro_batch_tokens: positions of a micro-batch, instead of the config's.
+        json: print JSON (bytes, seconds, FLOPs).
+    """
+    from scamo.scaling.plan import as_dict, as_text, make_plan
+
+    made = make_plan(
+        config,
+        ds_config,
+        overrides=set,
+        ranks=ranks,
+        gpu_memory=gpu_memory,
+        mfu=mfu,
+        peak_tflops=peak_tflops,
+        dataset=dataset,
+        motion_tokens=motion_tokens,
+        micro_batch_tokens=micro_batch_tokens,
+    )
+    print(dumps(as_dict(made), indent=2) if json else as_text(made))
 
 
 @app.command

@@ -79,6 +79,21 @@ class KVCache:
         return KVCache(self.states[:, :, :n], self.lengths[:n], self.longest), order
 
 
+class _Interleave(torch.autograd.Function):
+    """Text (T, C) and motion (M, C) at their rows of one (T + M, C); keeps the rows' numbers only."""
+
+    @staticmethod
+    def forward(ctx, text: Tensor, motion: Tensor, text_rows: Tensor, motion_rows: Tensor) -> Tensor:
+        ctx.save_for_backward(text_rows, motion_rows)
+        x = text.new_empty(text.shape[0] + motion.shape[0], text.shape[1])
+        return x.index_copy_(0, text_rows, text).index_copy_(0, motion_rows, motion)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        text_rows, motion_rows = ctx.saved_tensors
+        return grad.index_select(0, text_rows), grad.index_select(0, motion_rows), None, None
+
+
 class PrefixLM(nn.Module):
     """Text-prefix transformer for K motion codes; EOS is K (a target only), PAD is K + 1 (never used).
 
@@ -154,9 +169,8 @@ class PrefixLM(nn.Module):
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """(S, C): the normalised last hidden states of the scored rows."""
         self._check_length(batch.max_seqlen)
-        x = torch.zeros(batch.n_positions, self.config.width, dtype=self.dtype, device=batch.targets.device)
-        x = x.index_copy(0, batch.text_rows, self.text_projection(batch.text_states.to(self.dtype)))
-        x = x.index_copy(0, batch.motion_rows, self.embedding(batch.motion_tokens))
+        text = self.text_projection(batch.text_states.to(self.dtype))
+        x = _Interleave.apply(text, self.embedding(batch.motion_tokens), batch.text_rows, batch.motion_rows)
         rope, branch = self._rope(x.device), None
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
