@@ -190,7 +190,7 @@ def _check_prompts(prompts: Sequence[Prompt]) -> None:
 
 def _entries(runs: Sequence[str | Path], names: Sequence[str] | None) -> list[_Run]:
     """The runs, read as far as it takes to know that they can be compared: before any of them generates."""
-    from scamo.generation.export import read_export
+    from scamo.generation.export import read_export, weights_file
     from scamo.tokenizers import load_tokenizer
 
     paths = [Path(run) for run in runs]
@@ -220,7 +220,7 @@ def _entries(runs: Sequence[str | Path], names: Sequence[str] | None) -> list[_R
             fps=float(description["fps"]),
             feature_dim=tokenizer.config.feature_dim,
             max_motion=config.max_motion,
-            weights=file_record(folder / "model.safetensors")["sha256"],
+            weights=file_record(weights_file(folder))["sha256"],
             values={},
             motions=[],
         )

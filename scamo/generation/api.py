@@ -14,7 +14,7 @@ from scamo.config import ModelConfig
 from scamo.data.text import TextEncoder
 from scamo.errors import ScaMoError
 from scamo.generation.decode import generate_tokens
-from scamo.generation.export import check_codes, load_transformer, read_export
+from scamo.generation.export import check_codes, load_transformer, read_export, weights_file
 from scamo.generation.sampling import Sampling, prompt_keys
 from scamo.models.layers import check_bf16
 from scamo.models.prefix_lm import PrefixLM
@@ -52,6 +52,7 @@ class ScaMo:
         *,
         dtype: str = "float32",
         text_encoder: str | None = None,
+        ema: bool | None = None,
     ) -> ScaMo:
         """Load a run's folder (its export/) or an exported model.
 
@@ -61,11 +62,12 @@ class ScaMo:
             dtype: of the transformer, "float32" or "bfloat16". bfloat16 halves its memory; a prompt's motion
                 may then differ with the number of prompts beside it.
             text_encoder: name or folder of the encoder, where it is not the one of the training.
+            ema: the moving average of the weights (ema.safetensors) or the weights of the last step
+                (model.safetensors); None takes the average where the training kept one.
 
         Raises:
             ScaMoError: a file is missing, changed, of another format, or its tensors do not fit the config;
-            the
-                parts do not fit together; the device is not there or lacks bfloat16.
+                the parts do not fit together; the device is not there or lacks bfloat16; there is no average.
         """
         folder = Path(folder)
         target = _device(device)
@@ -82,7 +84,7 @@ class ScaMo:
         description, config = read_export(folder)
         tokenizer = load_tokenizer(folder / "tokenizer", target)
         check_codes(config, tokenizer, str(folder / "tokenizer"))
-        model = load_transformer(folder / "model.safetensors", config, target, DTYPES[dtype])
+        model = load_transformer(weights_file(folder, ema), config, target, DTYPES[dtype])
         encoder = TextEncoder.load(
             text_encoder or description["text_encoder"], device=str(target), max_tokens=config.max_text
         )

@@ -3,6 +3,7 @@
 config.json         format, schema_version, model (ModelConfig), text_encoder (what TextEncoder.load takes),
                     fps, provenance (of an imported model)
 model.safetensors   the transformer
+ema.safetensors     the moving average of its weights, where the training kept one: what generates by default
 tokenizer/          a tokenizer folder
 manifest.json       size and SHA-256 of the files above
 """
@@ -22,9 +23,10 @@ from scamo.errors import ScaMoError
 from scamo.models.prefix_lm import PrefixLM
 from scamo.tokenizers import load_tokenizer
 from scamo.tokenizers.autoencoder import MotionAutoencoder, read_tokenizer
-from scamo.weights import CONFIG, check_state, read_description, read_state, write_files
+from scamo.weights import CONFIG, WEIGHTS, check_state, read_description, read_state, write_files
 
 FORMAT = "scamo-prefix-lm"
+EMA_WEIGHTS = "ema.safetensors"
 SCHEMA_VERSION = 1
 
 
@@ -36,6 +38,7 @@ def export_model(
     text_encoder: str,
     *,
     fps: float = 20.0,
+    ema: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write an exported model, replacing an older one in one step; whole or not at all.
 
@@ -46,6 +49,7 @@ def export_model(
         tokenizer_folder: the tokenizer whose codes it was trained on, of either kind; copied.
         text_encoder: name or folder of the text encoder.
         fps: frames a second of the motions.
+        ema: the moving average of the same tensors, if there is one.
 
     Raises:
         ScaMoError: the weights do not fit the config, the tokenizer has another number of codes, or the
@@ -54,6 +58,8 @@ def export_model(
     with torch.device("meta"):
         expected = PrefixLM(config).state_dict()
     check_state(state, expected, f"export to {out_folder}")
+    if ema is not None:
+        check_state(ema, expected, f"export to {out_folder}: {EMA_WEIGHTS}")
     tokenizer_folder = Path(tokenizer_folder)
     tokenizer = load_tokenizer(tokenizer_folder)
     check_codes(config, tokenizer, str(tokenizer_folder))
@@ -66,6 +72,7 @@ def export_model(
         fps=fps,
         tokenizer_provenance=read_tokenizer(tokenizer_folder).get("provenance"),
         overwrite=True,
+        ema=ema,
     )
 
 
@@ -80,12 +87,15 @@ def write_export(
     provenance: Mapping[str, Any] | None = None,
     tokenizer_provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    ema: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write an exported model of parts that were checked against each other; whole or not at all.
 
     provenance: where the transformer comes from, for config.json; tokenizer_provenance: for the tokenizer's.
     Raises ScaMoError when the folder exists and may not be replaced, or cannot be written.
     """
+    from safetensors.torch import save_file
+
     description = {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
@@ -98,6 +108,9 @@ def write_export(
     out_folder = Path(out_folder)
     with whole_folder(out_folder, overwrite=overwrite) as temporary:
         tokenizer.save(temporary / "tokenizer", provenance=tokenizer_provenance)
+        if ema is not None:
+            save_file(dict(ema), temporary / EMA_WEIGHTS)
+            (temporary / EMA_WEIGHTS).chmod(0o644)
         write_files(temporary, state, description)
     return out_folder
 
@@ -114,6 +127,17 @@ def read_export(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     required = ("model", "text_encoder", "fps")
     description = read_description(folder, (FORMAT,), SCHEMA_VERSION, "model", required=required)
     return description, from_dict(ModelConfig, description["model"], where=f"{path}: model")
+
+
+def weights_file(folder: Path, ema: bool | None = None) -> Path:
+    """The file of an exported model that generates: the moving average (True), the last weights (False).
+
+    None takes the average where there is one. Raises ScaMoError when it is asked for and not there.
+    """
+    average = folder / EMA_WEIGHTS
+    if ema and not average.is_file():
+        raise ScaMoError(f"{average}: no such file; the training kept no average (training.ema_decay)")
+    return average if ema or (ema is None and average.is_file()) else folder / WEIGHTS
 
 
 def load_transformer(

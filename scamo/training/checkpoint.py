@@ -27,8 +27,6 @@ FORMAT = "scamo-checkpoint-1"
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
 PARTIAL = ".partial"
 _NAME = re.compile(r"step-(\d{7,})")
-# Float32 master, two moments and the working copy, with DeepSpeed's padding; seen: 14-16.
-BYTES_PER_PARAMETER = 18
 
 
 class Group(Protocol):
@@ -114,14 +112,17 @@ def save_checkpoint(
         files = {name: part[name] for part in parts for name in sorted(part)}
         manifest = {"format": FORMAT, "step": step, **facts, "files": dict(sorted(files.items()))}
         text = json.dumps(manifest, indent=1) + "\n"
-        _write(partial / MANIFEST, text)
-        _write(partial / COMPLETE, hashlib.sha256(text.encode()).hexdigest() + "\n")
+        write_synced(partial / MANIFEST, text)
         for directory in [*(p for p in partial.rglob("*") if p.is_dir()), partial]:
             _sync_directory(directory)
+        write_synced(partial / COMPLETE, hashlib.sha256(text.encode()).hexdigest() + "\n")
+        _sync_directory(partial)
         if final.exists():
             remove_checkpoint(final)
         os.replace(partial, final)
-        _sync_directory(folder)
+        # The first one brings checkpoints/ with it.
+        for directory in (folder, folder.parent):
+            _sync_directory(directory)
     group.barrier()
     return final
 
@@ -183,7 +184,8 @@ def newest_checkpoint(
     Raises:
         ScaMoError: there is none, or none of them verifies.
     """
-    checkpoints = list_checkpoints(folder)
+    group = group or Alone()
+    checkpoints = group.gather(list_checkpoints(folder))[0]
     if not checkpoints:
         raise ScaMoError(f"{folder}: no checkpoint to resume from")
     for checkpoint in reversed(checkpoints):
@@ -206,6 +208,13 @@ def remove_checkpoint(checkpoint: Path) -> None:
     """Unseal first: a deletion that is cut off must not leave something that looks whole."""
     (checkpoint / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
+
+
+def unseal_after(folder: Path, step: int) -> None:
+    """A run goes on from `step`: what is newer was found damaged, and must not count among the kept ones."""
+    for checkpoint in list_checkpoints(folder):
+        if step_of(checkpoint) > step:
+            (checkpoint / COMPLETE).unlink(missing_ok=True)
 
 
 def remove_partial(folder: Path) -> None:
@@ -234,7 +243,8 @@ def _describe(path: Path, *, sync: bool = False) -> dict[str, Any]:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
 
 
-def _write(path: Path, text: str) -> None:
+def write_synced(path: Path, text: str) -> None:
+    """Write a text file that is on the disk when this returns."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

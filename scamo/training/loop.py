@@ -32,9 +32,11 @@ from scamo.generation.export import check_codes, export_model
 from scamo.models.losses import unigram_cross_entropy
 from scamo.models.prefix_lm import PrefixLM
 from scamo.scaling.flops import attended_pairs, stated_peak, training_flops
+from scamo.scaling.memory import Zero, checkpoint_bytes
 from scamo.tokenizers import load_tokenizer
 from scamo.training import checkpoint as ckpt
 from scamo.training.ds_config import read_ds_config, resolve_ds_config, resolve_precision
+from scamo.training.ema import Ema, read_ema
 from scamo.training.engine import (
     Ranks,
     build_engine,
@@ -44,8 +46,9 @@ from scamo.training.engine import (
     model_state,
     set_learning_rate,
 )
-from scamo.training.guards import StopFlag, World
+from scamo.training.guards import StopFlag, World, is_lost_peer
 from scamo.training.logging import Progress, RunLog
+from scamo.training.resume import Source, find_source, load_source, remove_converted
 from scamo.training.schedule import learning_rate
 
 FORMAT = "scamo-run-1"
@@ -82,6 +85,12 @@ class Job:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides whether DeepSpeed can read a checkpoint's shards."""
+        stage = self.ds_config["zero_optimization"]["stage"]
+        return {"ranks": self.world.size, "zero_stage": stage, "precision": self.precision}
+
 
 def train(
     config: RunConfig,
@@ -97,29 +106,43 @@ def train(
         config: the run.
         ds_config: DeepSpeed's JSON file ("auto" values are filled in).
         world: this process among the ranks; from the environment without it.
-        resume: continue from the newest checkpoint that verifies.
+        resume: continue from the newest checkpoint that verifies; begin where there is no checkpoint yet.
         overwrite: replace an existing run.
 
     Returns:
         Exit status: 0 finished and exported; 13 stopped before a step with a NaN (nothing was updated);
-        128 + signal after SIGINT or SIGTERM (a checkpoint was saved).
+        128 + signal after SIGINT, SIGTERM or SIGUSR1 (a checkpoint was saved).
 
     Raises:
-        ScaMoError: bad input, on all ranks alike and before anything is written.
+        ScaMoError: bad input, on all ranks alike and before anything is written; or a checkpoint that cannot
+            be written, perhaps on one rank only.
     """
     world = world or World.from_environment()
-    job = _prepare(config, ds_config, world, resume=resume, overwrite=overwrite)
-    ranks = Ranks(world, job.device)
-    torch.manual_seed(config.training.seed)
-    model = PrefixLM(
-        job.config.model,
-        impl=config.training.kernels,
-        checkpoint_activations=config.training.checkpoint_activations,
-    )
-    engine = build_engine(model, job.ds_config, job.training, job.device)
-    status = _Loop(job, ranks, engine, parameters=_count(model)).run(resume=resume, overwrite=overwrite)
+    with StopFlag(world.size) as stop:
+        job = _prepare(config, ds_config, world, resume=resume, overwrite=overwrite)
+        ranks = Ranks(world, job.device)
+        torch.manual_seed(config.training.seed)
+        model = PrefixLM(
+            job.config.model,
+            impl=config.training.kernels,
+            checkpoint_activations=config.training.checkpoint_activations,
+        )
+        # Before the engine: whether it reads a universal checkpoint is part of its configuration.
+        source = None
+        if resume:
+            source = find_source(job.checkpoints, job.facts, ranks, lambda text: _print_once(ranks, text))
+        ds = {**job.ds_config, "checkpoint": {**job.ds_config.get("checkpoint", {})}}
+        ds["checkpoint"]["load_universal"] = source is not None and source.converted is not None
+        engine = build_engine(model, ds, job.training, job.device)
+        loop = _Loop(job, ranks, engine, stop, parameters=_count(model))
+        status = loop.run(source, resume=resume, overwrite=overwrite)
     ranks.close()
     return status
+
+
+def _print_once(ranks: Ranks, message: str) -> None:
+    if ranks.rank == 0:
+        print(message, flush=True)
 
 
 def _count(model: torch.nn.Module) -> int:
@@ -166,7 +189,7 @@ def _prepare(config: RunConfig, ds_path: Path, world: World, *, resume: bool, ov
         notes=[precision.note] if precision.note else [],
     )
     job.notes.extend(f"left out of training: {n} items {why}" for why, n in plan.excluded.items() if n)
-    if resume:
+    if resume and (folder / "config.json").is_file():
         job.notes += _check_same_run(job)
     return job
 
@@ -191,15 +214,14 @@ def _check_tokenizer(folder: str, tokens: TokenStore, model: ModelConfig) -> Non
 
 
 def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    ours = (folder / "config.json").is_file()
-    if resume:
-        if not ours:
-            raise ScaMoError(f"{folder}: no run to resume (training.run names it)")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not overwrite:
-            raise ScaMoError(f"{folder} exists: use --resume to continue it, --overwrite to replace it")
-        if not ours:
-            raise ScaMoError(f"{folder} exists and is not a training run: it is not overwritten")
+    if not folder.exists():
+        return
+    # A start that was cut off may have left config.json.partial.
+    occupied = not folder.is_dir() or any(p.suffix != ckpt.PARTIAL for p in folder.iterdir())
+    if occupied and not (resume or overwrite):
+        raise ScaMoError(f"{folder} exists: use --resume to continue it, --overwrite to replace it")
+    if occupied and not (folder / "config.json").is_file():
+        raise ScaMoError(f"{folder} exists and is not a training run: it is not overwritten")
 
 
 def _check_same_run(job: Job) -> list[str]:
@@ -242,24 +264,29 @@ class _Stopped(Exception):
 
 
 class _Loop:
-    def __init__(self, job: Job, ranks: Ranks, engine: Any, *, parameters: int) -> None:
+    def __init__(self, job: Job, ranks: Ranks, engine: Any, stop: StopFlag, *, parameters: int) -> None:
         self.job, self.ranks, self.engine, self.parameters = job, ranks, engine, parameters
         self.training = job.training
-        self.stop = StopFlag()
+        self.stop = stop
         self.accumulation = self.training.micro_batches // ranks.size
         self.log: RunLog | None = None
         self.bar = Progress(0, 0, show=False)
         self.saved_step = -1
+        self.ema: Ema | None = None
         # FLOP/s of one device, 0 if unknown.
         self.peak = 1e12 * self.training.peak_tflops or stated_peak(device_facts(job.device)[0])
 
     # -- the run ---------------------------------------------------------------------------------------------
 
-    def run(self, *, resume: bool, overwrite: bool) -> int:
+    def run(self, source: Source | None, *, resume: bool, overwrite: bool) -> int:
         training = self.training
         self.stop.install()
         self._check_space()
-        start = self._resume() if resume else 0
+        start = self._resume(source) if resume else 0
+        if training.ema_decay:
+            self.ema = Ema(self.engine, training.ema_decay)
+            if source:
+                self.ema.load(source.folder)
         self._open_folder(resume=resume, overwrite=overwrite, start=start)
         done = start
         try:
@@ -281,8 +308,10 @@ class _Loop:
         return status
 
     def say(self, message: str) -> None:
-        if self.ranks.rank == 0:
-            self.bar.say(message) if self.bar.show else print(message, flush=True)
+        if self.bar.show:
+            self.bar.say(message)
+        else:
+            _print_once(self.ranks, message)
 
     def _open_folder(self, *, resume: bool, overwrite: bool, start: int) -> None:
         """From here on the run exists. All ranks have passed every check."""
@@ -293,6 +322,7 @@ class _Loop:
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
             ckpt.remove_partial(job.checkpoints)
+            ckpt.unseal_after(job.checkpoints, start)
             record = {
                 "format": FORMAT,
                 **to_dict(job.config),
@@ -304,7 +334,7 @@ class _Loop:
                 "ds_config": job.ds_config,
             }
             partial = folder / "config.json.partial"
-            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            ckpt.write_synced(partial, json.dumps(record, indent=2) + "\n")
             os.replace(partial, folder / "config.json")
             self.log = RunLog(folder / "log.jsonl", resume_step=start if resume else None)
             self.log.write(
@@ -368,6 +398,8 @@ class _Loop:
             engine.step()
             if not engine.was_step_applied():
                 raise RuntimeError(f"DeepSpeed left out step {step + 1} although its gradients were finite")
+            if self.ema:
+                self.ema.update(step)
 
             done = step + 1
             loss = sum(losses) / scored
@@ -502,12 +534,14 @@ class _Loop:
         lacking = self.ranks.gather(ckpt.missing_space(self.job.folder, self._checkpoint_bytes()))[0]
         if lacking:
             raise ScaMoError(
-                f"{self.job.folder}: one checkpoint takes about {self._checkpoint_bytes() / 1e9:.1f} GB, "
-                f"{lacking / 1e9:.1f} GB more than the disk has free"
+                f"{self.job.folder}: one checkpoint takes about {self._checkpoint_bytes() / 1e9:.3g} GB, "
+                f"{lacking / 1e9:.3g} GB more than the disk has free"
             )
 
     def _checkpoint_bytes(self) -> int:
-        return self.parameters * ckpt.BYTES_PER_PARAMETER + 2**20
+        zero = Zero.of(self.job.ds_config)
+        model, ema = self.job.config.model, self.training.ema_decay > 0
+        return checkpoint_bytes(model, zero, self.ranks.size, ema=ema) + 2**20
 
     def _save(self, done: int, *, last: bool = False) -> None:
         """Save; a full disk costs the oldest checkpoints first, then this one (with a warning)."""
@@ -521,7 +555,7 @@ class _Loop:
                 lacking = ckpt.missing_space(job.folder, self._checkpoint_bytes())
         lacking = ranks.gather(lacking)[0]
         if lacking:
-            message = f"step {done}: not saved, the disk lacks {lacking / 1e9:.1f} GB"
+            message = f"step {done}: not saved, the disk lacks {lacking / 1e9:.3g} GB"
             if last:
                 raise ScaMoError(f"{job.folder}: {message}")
             self.say(f"warning: {message}")
@@ -530,19 +564,24 @@ class _Loop:
         def write(folder: Path) -> None:
             tag = ckpt.tag_name(done)
             self.engine.save_checkpoint(str(folder), tag=tag, client_state={"step": done})
+            if self.ema:
+                self.ema.save(folder)
 
-        facts = {
-            "ranks": ranks.size,
-            "zero_stage": job.ds_config["zero_optimization"]["stage"],
-            "precision": job.precision,
-            "tag": ckpt.tag_name(done),
-        }
+        facts = {**job.facts, "tag": ckpt.tag_name(done)}
         try:
             with self.stop.busy():
                 folder = ckpt.save_checkpoint(job.checkpoints, done, write, facts=facts, group=ranks)
-        except BaseException:
+        except Exception as error:
+            free = shutil.disk_usage(job.folder).free
             ckpt.remove_partial(job.checkpoints)
-            raise
+            # What torch.save raises on a full disk is a RuntimeError that doesn't say so.
+            if not isinstance(error, OSError | RuntimeError) or is_lost_peer(error):
+                raise
+            cause = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ScaMoError(
+                f"{job.checkpoints / ckpt.checkpoint_name(done)}: not saved ({free / 1e6:,.1f} MB free): "
+                f"{cause}; the checkpoint before it stays, --resume continues from there"
+            ) from error
         self.saved_step = done
         if ranks.rank == 0:
             ckpt.prune_checkpoints(job.checkpoints, self.training.keep_checkpoints, self.training.keep_every)
@@ -552,28 +591,16 @@ class _Loop:
                 self.log.write("checkpoint", step=done, bytes=size, seconds=seconds)
         ranks.barrier()
 
-    def _resume(self) -> int:
-        """Load the newest whole checkpoint. Returns the updates done."""
-        job = self.job
-        folder, manifest = ckpt.newest_checkpoint(
-            job.checkpoints, group=self.ranks, warn=lambda text: self.say(f"warning: {text}")
-        )
-        stage = job.ds_config["zero_optimization"]["stage"]
-        for what, key, now in (
-            ("ranks", "ranks", self.ranks.size),
-            ("ZeRO stage", "zero_stage", stage),
-            ("precision", "precision", job.precision),
-        ):
-            if manifest[key] != now:
-                raise ScaMoError(
-                    f"{folder}: saved with {what} {manifest[key]}, this run has {now}: use the same"
-                )
+    def _resume(self, source: Source | None) -> int:
+        """Load the checkpoint. Returns the updates done; 0 if there is none yet."""
+        if source is None:
+            self.say(f"{self.job.checkpoints}: nothing to resume from, starting at step 0")
+            return 0
         with self.stop.busy():
-            loaded, client = self.engine.load_checkpoint(str(folder), tag=manifest["tag"])
-        if loaded is None or client.get("step") != manifest["step"]:
-            raise ScaMoError(f"{folder}: DeepSpeed did not load it")
-        self.saved_step = int(manifest["step"])
-        self.say(f"resuming from {folder} after {self.saved_step} steps")
+            load_source(self.engine, source)
+            remove_converted(source, self.ranks)
+        self.saved_step = source.step
+        self.say(f"resuming from {source.folder} after {self.saved_step} steps")
         return self.saved_step
 
     def _export(self, done: int) -> None:
@@ -589,6 +616,7 @@ class _Loop:
                     job.config.model,
                     job.config.data.tokenizer,
                     job.text_encoder,
+                    ema=read_ema(folder) if self.ema else None,
                 )
             self.ranks.barrier()
         self.say(f"exported to {job.folder / 'export'}")

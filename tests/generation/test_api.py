@@ -316,3 +316,29 @@ def test_exported_files_are_readable_by_others(exported):
         "config.json", "manifest.json", "model.safetensors", "tokenizer",
     }  # fmt: skip
     assert (exported / "model.safetensors").stat().st_mode & 0o444 == 0o444
+
+
+def test_the_moving_average_generates_where_there_is_one(encoder, tokenizer, exported, tmp_path):
+    state = make_state()
+    ema = {name: tensor * 0.5 for name, tensor in state.items()}
+    folder = export_model(tmp_path / "export", state, CONFIG, tokenizer, str(encoder), ema=ema)
+    for choice, expected in ((None, ema), (True, ema), (False, state)):
+        loaded = ScaMo.load(folder, device="cpu", ema=choice).model.state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    assert torch.equal(ScaMo.load(exported, ema=False).model.head.weight, state["head.weight"])
+    with pytest.raises(ScaMoError, match=r"ema\.safetensors: no such file; the training kept no average"):
+        ScaMo.load(exported, ema=True)
+
+    data = bytearray((folder / "ema.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "ema.safetensors").write_bytes(data)
+    with pytest.raises(ScaMoError, match=r"ema\.safetensors"):
+        ScaMo.load(folder, ema=False)
+
+
+def test_a_moving_average_of_another_model_is_not_exported(encoder, tokenizer, tmp_path):
+    state = make_state()
+    ema = {name: tensor for name, tensor in state.items() if name != "head.weight"}
+    with pytest.raises(ScaMoError, match=r"ema\.safetensors: .*missing head\.weight"):
+        export_model(tmp_path / "export", state, CONFIG, tokenizer, str(encoder), ema=ema)
+    assert list(tmp_path.iterdir()) == []

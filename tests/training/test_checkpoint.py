@@ -1,5 +1,8 @@
 """The seal around a checkpoint; what DeepSpeed writes into it is tested in integration/test_train.py."""
 
+import errno
+import os
+
 import pytest
 
 from scamo.errors import ScaMoError
@@ -47,11 +50,17 @@ def flip(path):
             lambda c: (c / "state/shard_0.pt").write_bytes(b"x"),
             ["shard_0.pt", "1 bytes, expected 10000"],
         ),
+        (lambda c: os.truncate(c / "latest", 0), ["latest", "0 bytes, expected 5"]),
+        (lambda c: os.truncate(c / "COMPLETE", 0), ["manifest.json", "SHA-256 differs from COMPLETE"]),
+        (lambda c: os.truncate(c / "manifest.json", 0), ["manifest.json", "corrupt"]),
         (lambda c: (c / "COMPLETE").unlink(), ["COMPLETE", "missing"]),
         (lambda c: (c / "manifest.json").unlink(), ["manifest.json", "missing"]),
         (lambda c: (c / "manifest.json").write_text("{}"), ["manifest.json", "corrupt"]),
     ],
-    ids=["flipped", "missing", "short", "unsealed", "no manifest", "manifest"],
+    ids=[
+        *("flipped", "missing", "short", "emptied", "empty seal", "empty manifest"),
+        *("unsealed", "no manifest", "manifest"),
+    ],
 )
 def test_damage_is_named_and_the_previous_one_is_taken(folder, damage, words):
     newest = folder / "step-0000030"
@@ -102,6 +111,76 @@ def test_a_failing_write_leaves_no_checkpoint(folder):
     assert ckpt.newest_checkpoint(folder)[0].name == "step-0000030"
     ckpt.remove_partial(folder)
     assert sorted(p.name for p in folder.iterdir()) == ["step-0000010", "step-0000020", "step-0000030"]
+
+
+def test_every_name_and_byte_is_on_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    """A loss of power after any of these calls leaves a checkpoint that is whole, or none."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(descriptor):
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def recorded_replace(source, target):
+        done.append(f"rename to {target}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    run = tmp_path / "run"
+    run.mkdir()
+    save(run / "checkpoints", 10)
+    partial = f"{run}/checkpoints/step-0000010.partial"
+    files = {f"{partial}/{name}" for name in ("latest", "state/shard_0.pt", "state/shard_1.pt")}
+    assert set(done[:3]) == files
+    assert done[3:] == [
+        f"{partial}/manifest.json",
+        f"{partial}/state",
+        partial,
+        f"{partial}/COMPLETE",
+        partial,
+        f"rename to {run}/checkpoints/step-0000010",
+        f"{run}/checkpoints",
+        str(run),
+    ]
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_a_disk_that_fails_at_any_moment_leaves_the_checkpoints_before(folder, monkeypatch, moment):
+    """The n-th of 11 syncs and renames does not happen; with all of them the checkpoint is there."""
+    calls = 0
+
+    def failing(call):
+        def wrapped(*arguments):
+            nonlocal calls
+            calls += 1
+            if calls == moment + 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return call(*arguments)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing(os.fsync))
+        patch.setattr(os, "replace", failing(os.replace))
+        if moment < 11:
+            with pytest.raises(OSError, match="No space left"):
+                save(folder, 40)
+        else:
+            save(folder, 40)
+    ckpt.remove_partial(folder)
+    # The last two syncs come after the rename.
+    newest, _ = ckpt.newest_checkpoint(folder, warn=pytest.fail)
+    assert newest.name == ("step-0000040" if moment >= 9 else "step-0000030")
+
+
+def test_what_is_newer_than_the_step_resumed_from_no_longer_counts(folder):
+    flip(folder / "step-0000030/state/shard_0.pt")
+    ckpt.unseal_after(folder, 20)
+    save(folder, 25)
+    ckpt.prune_checkpoints(folder, 2)
+    assert [p.name for p in ckpt.list_checkpoints(folder)] == ["step-0000020", "step-0000025"]
 
 
 def test_saving_a_step_again_replaces_it(folder):
