@@ -114,12 +114,26 @@ for _dim in (16, 32, 64):
         ForwardConfig(32, 32, 8, 1),
     )
 
-# A head dim that is no multiple of 8 has 8-byte loads, twice the addresses: two key tiles would spill.
-NARROW_BACKWARD = dict(BACKWARD)
+# A head dim that is no multiple of 8 has 8-byte loads, twice the addresses: fewer registers are left.
+NARROW_FORWARD, NARROW_BACKWARD = dict(FORWARD), dict(BACKWARD)
+for _dim in (16, 32, 64):
+    NARROW_FORWARD[80, "half", _dim] = (
+        *2 * (ForwardConfig(64, 32, 4, 2),),
+        *2 * (ForwardConfig(128, 64, 8, 2),),
+    )
+    NARROW_BACKWARD[90, "half", _dim] = (
+        SampleConfig(64, 64, 4, True),
+        *2 * (SampleConfig(128, 32, 8, True),),
+        BackwardConfig(128, 32, 128, 32, 8, 1),
+    )
 NARROW_BACKWARD[90, "half", 128] = NARROW_BACKWARD[100, "half", 128] = (
-    *BACKWARD[90, "half", 128][:2],
+    SampleConfig(64, 64, 8, False),
+    SampleConfig(128, 16, 8, False),
     *2 * (BackwardConfig(32, 64, 64, 32, 8, 1),),
 )
+NARROW_ROTARY_FORWARD = dict(ROTARY_FORWARD)
+NARROW_ROTARY_FORWARD[80, "half", 128] = 4 * (ForwardConfig(64, 32, 8, 2),)
+NARROW_ROTARY_FORWARD[100, "half", 128] = 4 * (ForwardConfig(64, 16, 8, 2),)
 
 
 def table(
@@ -127,8 +141,10 @@ def table(
 ) -> list[tuple[ForwardConfig, BackwardConfig | SampleConfig]]:
     """Forward and backward configs per entry of LENGTHS; kind: "half" or "single"."""
     key = architecture, kind, padded_head_dim(head_dim)
-    forwards = ROTARY_FORWARD if rotary else FORWARD
-    backwards = NARROW_BACKWARD if head_dim % 8 else BACKWARD
+    if head_dim % 8:
+        forwards, backwards = NARROW_ROTARY_FORWARD if rotary else NARROW_FORWARD, NARROW_BACKWARD
+    else:
+        forwards, backwards = ROTARY_FORWARD if rotary else FORWARD, BACKWARD
     return list(zip(forwards[key], backwards[key], strict=True))
 
 

@@ -347,10 +347,13 @@ def check_attention(cases, environment) -> None:
         assert result["tensor_cores"] > 0, (case, result)
         if case["constants"]["D"] in (64, 104) and half and case["constants"]["PREFIX"]:
             # 128-bit loads for all of q, k, v, out, grad and the table; cu_seqlens, bounds and lse: 32-bit.
-            backward = case["kernel"].endswith("backward_kernel")
+            most = 3
+            if case["kernel"].endswith("backward_kernel"):
+                # On sm_100 a thread holds more rows, each with its lse.
+                most = 80 if case["arch"] == 100 else 40
             narrow = result["loads"] - result["wide_loads"]
             assert result["wide_loads"] > 0
-            assert narrow <= (40 if backward else 3), (case, result)
+            assert narrow <= most, (case, result)
 
 
 def test_attention_tables_are_whole():
