@@ -243,6 +243,18 @@ def test_a_zero_stage_that_deepspeed_cannot_convert_is_refused(folder, one_rank)
     assert (one_rank[1] / "log.jsonl").read_bytes() == before
 
 
+def test_a_sentence_embedding_trains_and_is_exported(folder):
+    """The ablation in the style of T2M-GPT: one text position a sample."""
+    from scamo.generation.export import read_export
+
+    train(folder, "sentence", 1, "--set", "model.text=sentence", "--set", "training.steps=4")
+    _, model_config = read_export(folder / "sentence" / "export")
+    assert model_config.text == "sentence"
+    records = read_log(folder / "sentence" / "log.jsonl", "train")
+    # Every scored row but a sample's first is a motion token's, and every sample has one text row.
+    assert all(r["positions"] == r["motion_tokens"] for r in records)
+
+
 def test_two_ranks_report_bad_input_once(folder):
     output = train(folder, "never", 2, "--set", "training.stepz=3", status=2)
     assert output.count("unknown key training.stepz; did you mean training.steps?") == 1
