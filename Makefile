@@ -6,6 +6,9 @@ EXTRAS ?= minilm,test
 # DeepSpeed looks for ninja, and torch for the C++ compiler, on the PATH.
 export PATH := $(BIN):$(PATH)
 
+# Processes of `make test`; 0 runs the tests in one.
+JOBS ?= 2
+
 # Where `make gpu` keeps what it measured; a stage that is done there is not run again.
 OUT ?= .gpu
 # Where `make gate` keeps the other Triton that setup.py admits, and its records.
@@ -44,7 +47,7 @@ types: install
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 $(GATE)/$(GATE_TRITON)/triton: | install
 	$(BIN)/python -m pip install --quiet --no-deps --target $(GATE)/$(GATE_TRITON) $(subst -,==,$(GATE_TRITON))

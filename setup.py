@@ -35,6 +35,7 @@ EXTRAS = {
     "test": [
         "pytest>=8",
         "pytest-benchmark>=4",
+        "pytest-xdist>=3.6",
         "spacy>=3.7",
         "vector-quantize-pytorch>=1.20",
         "ruff==0.17.5",

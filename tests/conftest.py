@@ -9,6 +9,10 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # With several processes a file's tests share one, and its fixtures. Those of the kernels share none.
+        if item.path.parent.name != "kernels":
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
     if torch.cuda.is_available():
         return
     for item in items:
