@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scamo_kernels._dispatch import FLOATS, LIBRARY, NAME, define, resolve
+from scamo_kernels._dispatch import FLOATS, LIBRARY, NAME, define, resolve, sees_values
 from scamo_kernels.reference import compute_dtype
 
 # Bytes of a chunk's logits.
@@ -39,7 +39,8 @@ def linear_cross_entropy(
     impl: "auto" | "triton" | "torch".
 
     Raises TypeError or ValueError that names the argument. A target outside [0, V) is a ValueError on the
-    CPU; on CUDA, where looking would wait for the device, its loss, the sum and the gradients are NaN.
+    CPU; on CUDA, where looking would wait for the device (SCAMO_KERNELS_DEBUG=1 does), its loss, the sum and
+    the gradients are NaN.
     """
     if hidden.dim() != 2:
         raise ValueError(f"hidden: expected shape (S, C), got {tuple(hidden.shape)}")
@@ -85,7 +86,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, classes = hidden.shape[0], weight.shape[0]
     on_cpu = hidden.device.type == "cpu"
-    if on_cpu:
+    if sees_values(targets):
         _check_targets(targets, classes)
     if impl == "triton":
         from scamo_kernels import _linear_cross_entropy_triton
