@@ -260,13 +260,15 @@ def generate(
     top_p: float = 1.0,
     greedy: bool = False,
     max_seconds: float | None = None,
+    foot_lock: bool = False,
+    smooth: float | None = None,
     device: str = "auto",
 ) -> None:
     """Generate motion from one or more sentences.
 
     Args:
         text: the sentences. With several, all go into one .html or .png, else into OUT-0, OUT-1, ...
-        out: where to write; the suffix says what: .npz, .npy, .gif, .mp4, .png or .html.
+        out: where to write; the suffix says what: .npz, .npy, .csv, .bvh, .glb, .gif, .mp4, .png or .html.
         run: a training run or an exported model.
         seed: the same seed and sentence give the same motion, alone or among others.
         temperature: of the sampling; below 1 is more careful.
@@ -274,6 +276,8 @@ def generate(
         top_p: sample among the likeliest tokens that have this much probability together.
         greedy: take the likeliest token every time.
         max_seconds: length limit; 10 s at most for the released sizes.
+        foot_lock: pin the feet while they stand.
+        smooth: low-pass filter of this many Hz.
         device: auto, cpu or cuda.
     """
     from scamo.generation.api import ScaMo
@@ -292,8 +296,46 @@ def generate(
         greedy=greedy,
         max_seconds=max_seconds,
     )
+    if foot_lock or smooth is not None:
+        motions = [motion.cleaned(foot_lock=foot_lock, smooth=smooth) for motion in motions]
     for path in save_motions(motions, out):
         print(path)
+
+
+@app.command
+def convert(
+    motion: Positional[Path],
+    out: Out,
+    *,
+    foot_lock: bool = False,
+    smooth: float | None = None,
+    constant_bones: bool = False,
+    scale: float = 1.0,
+    stretch: bool | None = None,
+) -> None:
+    """Write a stored motion in another format, cleaned on the way if you like.
+
+    Args:
+        motion: .npz, .npy of joints or features, or .bvh as this project writes it.
+        out: where to write; the suffix says what: .npz, .npy, .csv, .bvh, .glb, .gif, .mp4, .png or .html.
+        foot_lock: pin the feet while they stand; says the foot skate before and after.
+        smooth: low-pass filter of this many Hz.
+        constant_bones: give every bone its mean length.
+        scale: of .bvh, units a metre: 100 writes centimetres.
+        stretch: of .bvh and .glb: whether joints may also move (motions whose bones change their length); by
+            default where constant bones would miss a joint by more than half a millimetre.
+    """
+    from scamo.motion.motion import Motion, check_suffix
+
+    suffix = check_suffix(out)
+    made = Motion.load(motion)
+    if foot_lock or smooth is not None or constant_bones:
+        made = made.cleaned(foot_lock=foot_lock, smooth=smooth, constant_bones=constant_bones)
+        done = made.meta["clean"]
+        print(f"foot skate {done['foot_skate_before']:.1%} before, {done['foot_skate_after']:.1%} after")
+    rig = {"scale": scale, "stretch": stretch} if suffix == ".bvh" else {"stretch": stretch}
+    made.save(out, **(rig if suffix in (".bvh", ".glb") else {}))
+    print(out)
 
 
 @app.command

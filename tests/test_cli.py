@@ -41,6 +41,8 @@ def test_help_imports_nothing_heavy():
         (["generate", "a person walks", "-o", "motion.docx", "--run", "nowhere"], "motion.docx"),
         (["generate", "a person walks", "-o", "motion.npz", "--run", "nowhere"], "nowhere"),
         (["view", "nowhere.npz", "-o", "x.gif"], "nowhere.npz"),
+        (["convert", "nowhere.npz", "-o", "x.bvh"], "nowhere.npz"),
+        (["convert", "nowhere.npz", "-o", "x.fbx"], "unknown suffix '.fbx'"),
         (["prepare", "humanml3d", "nowhere", "out"], "nowhere"),
         (["evaluate", "nowhere", "--protocol", "text-following"], "nowhere"),
         (["evaluate", "nowhere"], "--evaluator"),

@@ -16,7 +16,8 @@ from scamo.motion.features import FEATURE_DIM, features_to_joints
 from scamo.motion.files import replacing
 from scamo.motion.skeleton import JOINT_NAMES, N_JOINTS
 
-SUFFIXES = (".npz", ".npy", ".gif", ".mp4", ".png", ".html")
+SUFFIXES = (".npz", ".npy", ".csv", ".bvh", ".glb", ".gif", ".mp4", ".png", ".html")
+_READABLE = (".npz", ".npy", ".bvh")
 _TOGETHER = (".html", ".png")  # formats that hold several motions
 
 
@@ -74,30 +75,24 @@ class Motion:
         """Seconds."""
         return len(self) / self.fps
 
-    def save(self, path: str | Path) -> None:
-        """Write what the suffix says: .npz everything, .npy the joints, .gif .mp4 .png .html pictures.
+    def save(self, path: str | Path, **options: Any) -> None:
+        """Write what the suffix says.
 
+        .npz everything, .npy the joints, .csv the joints as a table (a row a frame), .bvh and .glb a skeleton
+        with fitted rotations (`save_bvh`, `save_glb`), .gif .mp4 .png .html pictures.
+        options: those of the format's function, such as scale=100 for a .bvh in centimetres.
         The file is written under another name and then renamed. Raises ScaMoError for an unknown suffix.
         """
         path = Path(path)
-        suffix = check_suffix(path)
-        if suffix in (".npz", ".npy"):
-            # A file object: given a name, NumPy appends its own suffix to "m.NPY".
-            with replacing(path) as partial, partial.open("wb") as stream:
-                if suffix == ".npy":
-                    np.save(stream, self.joints)
-                else:
-                    np.savez_compressed(stream, **self._arrays())
-            return
-        from scamo.motion.render import save_gif, save_html, save_mp4, save_png
+        _writer(check_suffix(path))(self, path, **options)
 
-        writers: dict[str, Callable[..., None]] = {
-            ".gif": save_gif,
-            ".mp4": save_mp4,
-            ".png": save_png,
-            ".html": save_html,
-        }
-        writers[suffix](self, path)
+    def cleaned(
+        self, *, foot_lock: bool = True, smooth: float | None = None, constant_bones: bool = False
+    ) -> Motion:
+        """A new motion: feet that do not slide, smoothed below `smooth` Hz, constant bones; see `clean`."""
+        from scamo.motion.clean import clean
+
+        return clean(self, foot_lock=foot_lock, smooth=smooth, constant_bones=constant_bones)
 
     def _arrays(self) -> dict[str, Any]:
         try:
@@ -115,13 +110,21 @@ class Motion:
 
     @classmethod
     def load(cls, path: str | Path) -> Motion:
-        """Read a .npz as `save` writes it (joints or features suffice), or a .npy of joints or features.
+        """Read a .npz or .bvh as `save` writes it, or a .npy of joints or features.
 
-        A .npy tells no frame rate: 20 fps is taken. Raises ScaMoError naming the file and what is wrong.
+        In a .npz joints or features suffice. A .npy tells no frame rate: 20 fps is taken. A .bvh is taken to
+        be in metres (`load_bvh` has a scale). Raises ScaMoError naming the file and what is wrong.
         """
         path = Path(path)
-        if path.suffix.lower() not in (".npz", ".npy"):
-            raise ScaMoError(f"{path}: expected a .npz or .npy file, got suffix {path.suffix!r}")
+        suffix = path.suffix.lower()
+        if suffix not in _READABLE:
+            raise ScaMoError(
+                f"{path}: cannot read suffix {path.suffix!r}, expected one of {', '.join(_READABLE)}"
+            )
+        if suffix == ".bvh":
+            from scamo.motion.bvh import load_bvh
+
+            return load_bvh(path)
         try:
             loaded = np.load(path, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
@@ -149,6 +152,41 @@ class Motion:
             raise ScaMoError(f"{path}: {error}") from error
 
 
+def _save_npz(motion: Motion, path: Path) -> None:
+    # A file object: given a name, NumPy appends its own suffix to "m.NPY".
+    with replacing(path) as partial, partial.open("wb") as stream:
+        np.savez_compressed(stream, **motion._arrays())
+
+
+def _save_npy(motion: Motion, path: Path) -> None:
+    with replacing(path) as partial, partial.open("wb") as stream:
+        np.save(stream, motion.joints)
+
+
+def _save_csv(motion: Motion, path: Path) -> None:
+    names = ["time_s", *(f"{joint}_{axis}_m" for joint in JOINT_NAMES for axis in "xyz")]
+    times = np.arange(len(motion)) / motion.fps
+    table = np.column_stack([times, motion.joints.reshape(len(motion), -1)])
+    with replacing(path) as partial:
+        np.savetxt(partial, table, fmt="%.6f", delimiter=",", header=",".join(names), comments="")
+
+
+def _writer(suffix: str) -> Callable[..., None]:
+    if suffix in (".gif", ".mp4", ".png", ".html"):
+        from scamo.motion import render
+
+        return getattr(render, f"save_{suffix[1:]}")
+    if suffix == ".bvh":
+        from scamo.motion.bvh import save_bvh
+
+        return save_bvh
+    if suffix == ".glb":
+        from scamo.motion.gltf import save_glb
+
+        return save_glb
+    return {".npz": _save_npz, ".npy": _save_npy, ".csv": _save_csv}[suffix]
+
+
 def check_suffix(path: str | Path) -> str:
     """The lower-case suffix of a motion file; ScaMoError listing the known ones if it is none of them."""
     suffix = Path(path).suffix.lower()
@@ -157,10 +195,11 @@ def check_suffix(path: str | Path) -> str:
     return suffix
 
 
-def save_motions(motions: Motion | Sequence[Motion], out: str | Path) -> list[Path]:
+def save_motions(motions: Motion | Sequence[Motion], out: str | Path, **options: Any) -> list[Path]:
     """Write motions and return the files: .html and .png hold them all, other formats get OUT-0, OUT-1, ...
 
-    One motion is written to `out` itself. Raises ScaMoError for an unknown suffix or no motion.
+    One motion is written to `out` itself. options: those of the format's function, as for `Motion.save`.
+    Raises ScaMoError for an unknown suffix or no motion.
     """
     motions = [motions] if isinstance(motions, Motion) else list(motions)
     out = Path(out)
@@ -168,18 +207,18 @@ def save_motions(motions: Motion | Sequence[Motion], out: str | Path) -> list[Pa
     if not motions:
         raise ScaMoError(f"{out}: there is no motion to write")
     if len(motions) == 1:
-        motions[0].save(out)
+        motions[0].save(out, **options)
         return [out]
     if suffix in _TOGETHER:
         from scamo.motion.render import grid_png, save_html
 
         if suffix == ".html":
-            save_html(motions, out)
+            save_html(motions, out, **options)
         else:
-            grid_png([(motion.text or "", motion) for motion in motions], out)
+            grid_png([(motion.text or "", motion) for motion in motions], out, **options)
         return [out]
     width = len(str(len(motions) - 1))
     paths = [out.with_name(f"{out.stem}-{i:0{width}}{out.suffix}") for i in range(len(motions))]
     for motion, path in zip(motions, paths, strict=True):
-        motion.save(path)
+        motion.save(path, **options)
     return paths

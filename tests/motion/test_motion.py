@@ -83,7 +83,7 @@ def test_unknown_suffix_lists_the_known_ones(tmp_path):
         Motion(walk()).save(tmp_path / "x.fbx")
     assert all(suffix in str(caught.value) for suffix in SUFFIXES)
     assert check_suffix("A.GIF") == ".gif"
-    with pytest.raises(ScaMoError, match=r"expected a \.npz or \.npy file, got suffix '\.gif'"):
+    with pytest.raises(ScaMoError, match=r"cannot read suffix '\.gif', expected one of \.npz, \.npy, \.bvh"):
         Motion.load(tmp_path / "x.gif")
 
 
@@ -147,3 +147,21 @@ def test_several_motions_go_into_one_page_or_numbered_files(tmp_path):
         save_motions([], tmp_path / "none.npz")
     with pytest.raises(ScaMoError, match="unknown suffix"):
         save_motions([], tmp_path / "none.txt")
+
+
+def test_csv_is_a_table_with_units(tmp_path):
+    motion = Motion(walk(5), fps=30)
+    motion.save(tmp_path / "m.csv")
+    header, *rows = (tmp_path / "m.csv").read_text().splitlines()
+    names = header.split(",")
+    assert names[:4] == ["time_s", "pelvis_x_m", "pelvis_y_m", "pelvis_z_m"]
+    assert names[-1] == "right_wrist_z_m"
+    table = np.array([[float(value) for value in row.split(",")] for row in rows])
+    np.testing.assert_allclose(table[:, 0], np.arange(5) / 30, atol=1e-6)
+    np.testing.assert_allclose(table[:, 1:].reshape(5, 22, 3), motion.joints, atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_suffix_writes_one_frame(tmp_path, suffix):
+    Motion(walk(1), text="stands").save(tmp_path / f"m{suffix}")
+    assert [p.name for p in tmp_path.iterdir() if p.stat().st_size > 0] == [f"m{suffix}"]
