@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
-EXTRAS ?= minilm,test
+EXTRAS ?= minilm,view,test
 # DeepSpeed looks for ninja, and torch for the C++ compiler, on the PATH.
 export PATH := $(BIN):$(PATH)
 

@@ -339,17 +339,17 @@ def convert(
 
 
 @app.command
-def view(motion: Positional[Path], out: Out) -> None:
-    """Draw a stored motion (.npz with joints, or .npy of joints or features) as .gif, .mp4, .png or .html.
+def view(files: Positional[tuple[Path, ...]], *, host: str = "127.0.0.1", port: int = 8080) -> None:
+    """Play motion files side by side in an interactive page, until Ctrl-C.
 
     Args:
-        motion: the motion file.
-        out: the picture to write.
+        files: .npz, .npy or .bvh.
+        host: address to listen at; only this machine reaches the default one.
+        port: to listen at; 0 takes a free one.
     """
-    from scamo.motion.motion import Motion
+    from scamo.view.server import view
 
-    Motion.load(motion).save(out)
-    print(out)
+    view(files, host=host, port=port)
 
 
 @app.command
@@ -636,9 +636,12 @@ def import_t2m_evaluator(
 
 @app.command
 def demo(
-    run: Positional[Path],
-    out: Out,
+    run: Positional[Path | None] = None,
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None,
     *,
+    model: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8080,
     dataset: Path | None = None,
     split: Literal["train", "val", "test"] = "test",
     count: int = 8,
@@ -646,13 +649,17 @@ def demo(
     temperature: float = 1.0,
     device: str = "auto",
 ) -> None:
-    """Generate motions for sentences that were never trained on, and write OUT/motions.html, .png and .json.
+    """With --model a page that generates what you type; else pictures of sentences never trained on.
 
-    Beside each motion stands the nearest window of the training clips and its distance, so that a copy shows.
+    RUN -o DIR writes DIR/motions.html, .png and .json. Beside each motion stands the nearest window of the
+    training clips and its distance, so that a copy shows. `--model RUN` serves the page until Ctrl-C.
 
     Args:
-        run: a training run or an exported model.
+        run: a training run or an exported model, for the pictures.
         out: folder for the pictures.
+        model: a training run or an exported model, for the page.
+        host: address that the page listens at; only this machine reaches the default one.
+        port: of the page; 0 takes a free one.
         dataset: take the sentences from this dataset; the synthetic prompts without it.
         split: which part of the dataset.
         count: number of sentences, evenly spread.
@@ -660,6 +667,15 @@ def demo(
         temperature: of the sampling.
         device: auto, cpu or cuda.
     """
+    if model is not None:
+        if run is not None or out is not None or dataset is not None:
+            raise ScaMoError("--model opens the page, RUN -o DIR draws pictures: give one of them")
+        from scamo.view.server import demo_page
+
+        demo_page(model, device=device, host=host, port=port)
+        return
+    if run is None or out is None:
+        raise ScaMoError("expected RUN and -o DIR for pictures, or --model RUN for the page")
     from scamo.evaluation.demo import demo
 
     demo(

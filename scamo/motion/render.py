@@ -29,31 +29,31 @@ _INK = "#22303c"
 _FAINT_INK = "#7b8794"
 _TILE = "#e9e7e1"
 _SHADOW = "#cfccc4"
-_PATH = "#b9305a"
+PATH_COLOUR = "#b9305a"
 _PATH_AHEAD = "#e7bcc8"
-_COLOURS = {"left": "#2878b5", "right": "#e07b28", "middle": "#40505f"}
+COLOURS = {"left": "#2878b5", "right": "#e07b28", "middle": "#40505f"}
 
 _RIGHT_JOINTS = {joint for chain in (CHAINS[0], CHAINS[3]) for joint in chain[1:]}
 _LEFT_JOINTS = {joint for chain in (CHAINS[1], CHAINS[4]) for joint in chain[1:]}
 
 # Metres across; a body is drawn as round-ended sticks along its bones.
-_WIDTHS = np.full(N_JOINTS, 0.075)
-_WIDTHS[[1, 2, 3, 6, 9]] = 0.12
-_WIDTHS[[4, 5]] = 0.105
-_WIDTHS[[7, 8]] = 0.085
-_WIDTHS[[10, 11]] = 0.07
-_WIDTHS[[13, 14]] = 0.085
-_WIDTHS[[16, 17]] = 0.08
-_WIDTHS[[18, 19]] = 0.07
-_WIDTHS[[20, 21]] = 0.06
-_HEAD_WIDTH = 0.19
+WIDTHS = np.full(N_JOINTS, 0.075)
+WIDTHS[[1, 2, 3, 6, 9]] = 0.12
+WIDTHS[[4, 5]] = 0.105
+WIDTHS[[7, 8]] = 0.085
+WIDTHS[[10, 11]] = 0.07
+WIDTHS[[13, 14]] = 0.085
+WIDTHS[[16, 17]] = 0.08
+WIDTHS[[18, 19]] = 0.07
+WIDTHS[[20, 21]] = 0.06
+HEAD_WIDTH = 0.19
 _OUTLINE = 0.022
 
 _AZIMUTH, _ELEVATION = math.radians(52), math.radians(17)  # from +Z towards +X; above the horizon
 _FIELD = math.radians(26)  # vertical angle of view
 
 
-def _side(joint: int) -> str:
+def side_of(joint: int) -> str:
     if joint in _LEFT_JOINTS:
         return "left"
     return "right" if joint in _RIGHT_JOINTS else "middle"
@@ -166,8 +166,8 @@ class _Body:
         axes.add_collection(self.sticks)
         self.ends = np.array([*range(1, N_JOINTS), 15])
         self.starts = np.array([*PARENTS[1:], 15])
-        self.widths = np.append(_WIDTHS[1:], _HEAD_WIDTH)
-        self.colours = np.array([to_rgba(_COLOURS[_side(j)]) for j in self.ends])
+        self.widths = np.append(WIDTHS[1:], HEAD_WIDTH)
+        self.colours = np.array([to_rgba(COLOURS[side_of(j)]) for j in self.ends])
         self.outline = np.array(to_rgba(_PAPER))
         self.artists = (self.shadow, self.sticks)
 
@@ -242,7 +242,7 @@ def _frames(motion: Motion, size: int, frames: Sequence[int]) -> Iterator[np.nda
     axes.text(
         0, 0.95, caption, fontsize=11.5 * font, color=_INK, ha="center", va="top", parse_math=False, zorder=6
     )
-    (trail,) = axes.plot([], [], color=_PATH, linewidth=2.5, solid_capstyle="round", zorder=3)
+    (trail,) = axes.plot([], [], color=PATH_COLOUR, linewidth=2.5, solid_capstyle="round", zorder=3)
     clock = axes.text(0.95, -0.95, "", fontsize=9 * font, color=_FAINT_INK, ha="right", zorder=6)
     body = _Body(axes, camera, floor, size / 2 * 72 / dpi)
     moving = (body.shadow, trail, body.sticks, clock)
@@ -344,9 +344,9 @@ def _plan(axes: Any, motion: Motion, instants: Sequence[int]) -> None:
             at = (i * unit - middle[axis]) * scale
             lines.append([[at, -0.8], [at, 0.8]] if axis == 0 else [[-0.8, at], [0.8, at]])
     axes.add_collection(LineCollection(lines, colors=_TILE, linewidths=0.8, zorder=0))
-    axes.plot(*way.T, color=_PATH, linewidth=1.6, solid_capstyle="round", zorder=2)
-    axes.plot(*way[list(instants)].T, "o", color=_PATH, markersize=3.5, zorder=3)
-    axes.plot(*way[0], "o", color=_PAPER, markeredgecolor=_PATH, markersize=6, zorder=4)
+    axes.plot(*way.T, color=PATH_COLOUR, linewidth=1.6, solid_capstyle="round", zorder=2)
+    axes.plot(*way[list(instants)].T, "o", color=PATH_COLOUR, markersize=3.5, zorder=3)
+    axes.plot(*way[0], "o", color=_PAPER, markeredgecolor=PATH_COLOUR, markersize=6, zorder=4)
     axes.text(0, -0.97, f"from above, grid {unit:g} m", fontsize=7.5, color=_FAINT_INK, ha="center")
 
 
@@ -404,7 +404,7 @@ def grid_png(
             _ground(axes, camera, here + [0, floor, 0], floor, 0.5, 1.5)
             way, _ = camera.project(_on_floor(root, floor))
             axes.plot(*way.T, color=_PATH_AHEAD, linewidth=1.4, solid_capstyle="round", zorder=1)
-            axes.plot(*way[: frame + 1].T, color=_PATH, linewidth=1.8, solid_capstyle="round", zorder=3)
+            axes.plot(*way[: frame + 1].T, color=PATH_COLOUR, linewidth=1.8, solid_capstyle="round", zorder=3)
             _Body(axes, camera, floor, height / 2).place(joints[frame])
             axes.text(0, -0.97, f"{frame / motion.fps:.1f} s", fontsize=7.5, color=_FAINT_INK, ha="center")
         box = (left + poses * panel / (columns * strip), bottom, height / (columns * strip), box_height)
@@ -427,9 +427,9 @@ def body_constants() -> dict[str, Any]:
     """What `figure_script` needs to know of the body."""
     return {
         "parents": list(PARENTS),
-        "sides": [_side(joint) for joint in range(N_JOINTS)],
-        "widths": _WIDTHS.tolist(),
-        "head": _HEAD_WIDTH,
+        "sides": [side_of(joint) for joint in range(N_JOINTS)],
+        "widths": WIDTHS.tolist(),
+        "head": HEAD_WIDTH,
     }
 
 

@@ -88,9 +88,9 @@ def test_gif_has_the_frames_the_time_and_both_sides(tmp_path):
     assert times == [50] * 30
     for side in ("left", "right"):
         for picture in (pictures[0], pictures[-1]):
-            assert share(picture, render._COLOURS[side], 0) > 0.002
+            assert share(picture, render.COLOURS[side], 0) > 0.002
     # It walks towards +Z, which comes down the screen and to the left.
-    (row0, column0), (row1, column1) = (centre_of(pictures[i], render._COLOURS["middle"]) for i in (0, -1))
+    (row0, column0), (row1, column1) = (centre_of(pictures[i], render.COLOURS["middle"]) for i in (0, -1))
     assert column1 < column0 - 50
     assert row1 > row0 + 10
     # Floor and caption stand still.
@@ -136,14 +136,14 @@ def test_strip_shows_the_poses_side_by_side_and_the_way(tmp_path):
     assert abs(picture.shape[1] - (5 * 105 + 170) * 140 / 72) <= 1
     for i in range(5):
         pose = picture[:, i * panel : (i + 1) * panel]
-        assert share(pose, render._COLOURS["left"]) > 0.01
-        assert share(pose, render._COLOURS["right"]) > 0.01
+        assert share(pose, render.COLOURS["left"]) > 0.01
+        assert share(pose, render.COLOURS["right"]) > 0.01
         # The camera goes along: every pose is in the middle of its panel.
-        _, column = centre_of(pose, render._COLOURS["middle"])
+        _, column = centre_of(pose, render.COLOURS["middle"])
         assert abs(column - panel / 2) < 0.15 * panel
     way = picture[:, 5 * panel :]
-    assert share(way, render._COLOURS["left"]) == 0
-    assert share(way, render._PATH) > 0.002
+    assert share(way, render.COLOURS["left"]) == 0
+    assert share(way, render.PATH_COLOUR) > 0.002
 
 
 def test_the_way_from_above_has_the_left_on_the_left(tmp_path):
@@ -154,7 +154,7 @@ def test_the_way_from_above_has_the_left_on_the_left(tmp_path):
         render.save_png(Motion(joints), tmp_path / f"{i}.png", poses=2)
         with Image.open(tmp_path / f"{i}.png") as png:
             picture = np.array(png.convert("RGB"))[:, round(2 * 105 * 140 / 72) :]
-        high = np.nonzero(np.abs(picture - 255 * np.array(to_rgb(render._PATH))).max(-1) < 6)
+        high = np.nonzero(np.abs(picture - 255 * np.array(to_rgb(render.PATH_COLOUR))).max(-1) < 6)
         columns.append(high[1][high[0].argmin()] / picture.shape[1])
     assert columns[0] < 0.4 < 0.6 < columns[1], "the end of the way, at the top"
 
@@ -170,7 +170,7 @@ def test_grid_holds_a_row_for_each_motion(tmp_path):
         picture = np.array(one.convert("RGB"))
     height = picture.shape[0] // 3
     for i in range(3):
-        assert share(picture[i * height : (i + 1) * height], render._COLOURS["left"]) > 0.01
+        assert share(picture[i * height : (i + 1) * height], render.COLOURS["left"]) > 0.01
     with pytest.raises(ScaMoError, match="no motion to draw"):
         render.grid_png([], tmp_path / "none.png")
     with pytest.raises(ScaMoError, match="expected at least 1, got 0 and 1"):
@@ -349,13 +349,13 @@ def test_html_draws_the_body_in_a_browser(tmp_path):
     with Image.open(tmp_path / "shot.png") as shot:
         picture = np.array(shot.convert("RGB"))[60:520]
     for side in ("left", "right", "middle"):
-        assert share(picture, render._COLOURS[side]) > 0.001
+        assert share(picture, render.COLOURS[side]) > 0.001
     assert share(picture, render._TILE, 4) > 0.02
     # The camera looks from the front and the body's left: its left side is on the right.
-    left, right = (centre_of(picture, render._COLOURS[side])[1] for side in ("left", "right"))
+    left, right = (centre_of(picture, render.COLOURS[side])[1] for side in ("left", "right"))
     assert left > right
 
 
 def test_sides_are_those_of_the_joints():
     for joint, name in enumerate(JOINT_NAMES):
-        assert render._side(joint) == (name.split("_")[0] if "_" in name else "middle")
+        assert render.side_of(joint) == (name.split("_")[0] if "_" in name else "middle")
