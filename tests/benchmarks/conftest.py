@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,6 +67,15 @@ def run_suite(folder: Path, source: str, *arguments: str) -> tuple[subprocess.Co
         timeout=120,
     )
     return process, output
+
+
+@pytest.fixture(scope="session", autouse=True)
+def not_a_worker() -> Iterator[None]:
+    """Else pytest-benchmark times nothing in the suites that the tests start: it sees a worker of xdist."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+            patch.delenv(name)
+        yield
 
 
 @pytest.fixture(scope="session")
