@@ -12,7 +12,7 @@ from scamo_kernels.reference import compute_dtype
 # Wider rows do not fit the registers of one program; impl="auto" computes them with torch.
 MAX_TRITON_WIDTH = 8192
 # Elements of a block of rows.
-_CPU_BLOCK = 1 << 17
+_CPU_BLOCK = 1 << 19
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, impl: str = "auto") -> Tensor:

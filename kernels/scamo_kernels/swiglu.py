@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from scamo_kernels._direct import call, is_direct, row_blocks
 from scamo_kernels._dispatch import FLOATS, LIBRARY, NAME, define, resolve
-from scamo_kernels.reference import compute_dtype
 
 # Elements of a block of rows.
 _CPU_BLOCK = 1 << 19
@@ -19,9 +17,9 @@ def swiglu(gate_up: Tensor, *, impl: str = "auto") -> Tensor:
     """silu(gate) * up (Shazeer 2020, without biases).
 
     gate_up: (..., 2 hidden), gate | up, float32, float16 or bfloat16 (float64 with impl="torch").
-    Returns (..., hidden) in its dtype, computed in float32 and rounded once. The backward keeps only gate_up
-    and repeats silu. impl: "auto" | "triton" | "torch". Raises TypeError or ValueError that names the
-    argument.
+    Returns (..., hidden) in its dtype, computed in float32 and rounded once; "torch" rounds silu too. The
+    backward keeps only gate_up and repeats silu. impl: "auto" | "triton" | "torch". Raises TypeError or
+    ValueError that names the argument.
     """
     if gate_up.dtype not in (*FLOATS, torch.float64):
         raise TypeError(f"gate_up: expected a floating-point tensor, got {gate_up.dtype}")
@@ -43,13 +41,9 @@ def _forward(gate_up: Tensor, impl: str) -> Tensor:
     hidden = gate_up.shape[-1] // 2
     rows = gate_up.reshape(-1, 2 * hidden)
     out = rows.new_empty((rows.shape[0], hidden))
-    dtype = compute_dtype(rows.dtype)
     for part, value in row_blocks(_CPU_BLOCK, rows, out):
-        gate, up = part.to(dtype).chunk(2, -1)
-        if value.dtype == dtype:
-            _silu_out(gate, out=value).mul_(up)
-        else:
-            value.copy_(F.silu(gate, inplace=True).mul_(up))
+        gate, up = part.chunk(2, -1)
+        _silu_out(gate, out=value).mul_(up)
     return out.view(*gate_up.shape[:-1], hidden)
 
 
@@ -61,16 +55,11 @@ def _backward(grad: Tensor, gate_up: Tensor, impl: str) -> Tensor:
     hidden = gate_up.shape[-1] // 2
     rows, grads = gate_up.reshape(-1, 2 * hidden), grad.reshape(-1, hidden)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    dtype = compute_dtype(rows.dtype)
     for part, g, result in row_blocks(_CPU_BLOCK, rows, grads, out):
-        (gate, up), g = part.to(dtype).chunk(2, -1), g.to(dtype)
-        value = result if result.dtype == dtype else torch.empty_like(result, dtype=dtype)
-        d_gate, d_up = value.chunk(2, -1)
+        (gate, up), (d_gate, d_up) = part.chunk(2, -1), result.chunk(2, -1)
         _silu_out(gate, out=d_up).mul_(g)
         torch.mul(g, up, out=d_gate)
         torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
-        if value is not result:
-            result.copy_(value)
     return out.view(gate_up.shape)
 
 

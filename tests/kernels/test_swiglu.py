@@ -58,8 +58,9 @@ def test_half_precision_is_computed_in_float32(run, impl, dtype):
     )
     assert out.dtype == d_gate_up.dtype == dtype
     for a, e in zip((out, d_gate_up), exact(gate_up, grad), strict=True):
-        # One rounding.
-        close(a, e, torch.finfo(dtype).eps / 2 + RELATIVE)
+        # One rounding of the result; PyTorch's own ops round what stands between them too.
+        roundings = 2 if impl == "torch" else 1
+        close(a, e, roundings * torch.finfo(dtype).eps / 2 + RELATIVE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
