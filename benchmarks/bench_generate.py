@@ -1,17 +1,25 @@
-"""Generation: cache and batch against the released way, everything again for every token, one prompt at a
-time.
+"""Generation: the engine against the released way, everything again for every token, one prompt at a time,
+and against the time it takes to read the weights.
 
-    PYTHONPATH=kernels:. python -m pytest benchmarks/bench_generate.py
+    PYTHONPATH=kernels:. python -m pytest benchmarks/bench_generate.py --benchmark-only
 
-16 prompts, 50 tokens each, random weights, without the text encoder and the tokenizer. On a CPU the narrow
-model of the quickstart, on CUDA the 44M one with 64,000 codes. `speedup` in extra_info is the ratio of the
-medians; it is only there when both gave the same tokens.
+50 tokens each, random weights, without the text encoder and the tokenizer: the narrow model of the quickstart
+and the 44M one with 64,000 codes, with 1 and 16 prompts (on CUDA also 32, in bfloat16 too). In extra_info:
+
+- speedup: motions per second against recomputing, medians; wall and CPU time. Only there when both gave the
+  same tokens.
+- bound_ms, over_bound: blocks and head read once per token at the rate at which a tensor of 256 MiB is copied
+  or summed, whichever is higher (copy_gb_s, read_gb_s), and how many times as long a token takes.
+
+The load of the machine is noted: on CPUs that others use, the wall time measures them too.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -19,22 +27,27 @@ import torch
 
 from scamo.config import ModelConfig
 from scamo.data.batches import Sample, collate
-from scamo.generation.decode import generate_tokens
+from scamo.generation.engine import Engine, Request, collect
 from scamo.generation.sampling import Sampling, prompt_keys, sample
 from scamo.models.prefix_lm import PrefixLM
 
-PROMPTS, TOKENS = 16, 50
+TOKENS, RECOMPUTED = 50, 4  # tokens of a motion; prompts that are recomputed, as each takes as long
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CONFIG = (
-    ModelConfig(size="44M", codes=64000, text_width=2048)
-    if DEVICE.type == "cuda"
-    else ModelConfig(size="", layers=4, heads=4, width=256, codes=1000, text_width=384)
-)
+MODELS = {
+    "narrow": ModelConfig(size="", layers=4, heads=4, width=256, codes=1000, text_width=384),
+    "44M": ModelConfig(size="44M", codes=64000, text_width=2048),
+}
+CASES = [
+    (name, dtype, prompts)
+    for name in MODELS
+    for dtype in ("float32", "bfloat16")
+    for prompts in ((1, 16) if DEVICE.type == "cpu" else (1, 16, 32))
+]
 SAMPLING = Sampling(0.9, top_p=0.95)
 
 
 @torch.no_grad()
-def recompute(model: PrefixLM, text: torch.Tensor, key: torch.Tensor) -> list[int]:
+def recompute(model: PrefixLM, text: torch.Tensor, key: int) -> list[int]:
     """One prompt; for each token the whole sequence once more."""
     motion: list[int] = []
     for step in range(TOKENS):
@@ -43,35 +56,82 @@ def recompute(model: PrefixLM, text: torch.Tensor, key: torch.Tensor) -> list[in
         batch = collate([Sample(text.numpy(), inputs)], model.config.codes).to(DEVICE)
         logits = model.logits(batch)[step : step + 1]
         logits[:, model.config.codes] = -torch.inf
-        motion.append(int(sample(logits, key, step, SAMPLING)))
+        motion.append(int(sample(logits, torch.tensor([key]), step, SAMPLING)))
     return motion
 
 
-def cached(model: PrefixLM, texts: list[torch.Tensor], keys: torch.Tensor) -> list[list[int]]:
-    motions = generate_tokens(model, texts, keys, SAMPLING, max_tokens=TOKENS, min_tokens=TOKENS)
-    return [motion.tolist() for motion in motions]
+def cached(engine: Engine, requests: list[Request]) -> list[list[int]]:
+    motions = dict(collect(engine.run(requests)))
+    return [motions[ticket].tolist() for ticket in range(len(requests))]
+
+
+def timed(function: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Median seconds, wall and CPU."""
+    taken = []
+    for _ in range(rounds):
+        wall, cpu = time.perf_counter(), time.process_time()
+        function()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append((time.perf_counter() - wall, time.process_time() - cpu))
+    wall_times, cpu_times = zip(*taken, strict=True)
+    return statistics.median(wall_times), statistics.median(cpu_times)
+
+
+def read_rates() -> dict[str, float]:
+    """Bytes a second of a copy, read and written together, and of a sum, which only reads."""
+    data = torch.ones(2**26, device=DEVICE)
+    target = torch.empty_like(data)
+    rates = {}
+    for kind, work, passes in (("copy", lambda: target.copy_(data), 2), ("read", lambda: data.sum(), 1)):
+        work()
+        rates[kind] = data.nbytes * passes / timed(work, 7)[0]
+    return rates
+
+
+def step_bytes(model: PrefixLM) -> int:
+    """Blocks, norm and head: what every step reads."""
+    parts = (model.blocks, model.norm, model.head)
+    return sum(p.nbytes for part in parts for p in part.parameters())
 
 
 @pytest.mark.benchmark(group="generate")
-def test_generate(benchmark) -> None:
+@pytest.mark.parametrize(("name", "dtype", "prompts"), CASES)
+def test_generate(benchmark, name: str, dtype: str, prompts: int) -> None:
     torch.manual_seed(0)
-    model = PrefixLM(CONFIG).eval().requires_grad_(False).to(DEVICE)
-    lengths = np.random.default_rng(0).integers(6, 20, PROMPTS)
-    texts = [torch.randn(int(n), CONFIG.text_width) for n in lengths]
-    keys = prompt_keys([0] * PROMPTS, [f"prompt {i}" for i in range(PROMPTS)])
+    config = MODELS[name]
+    model = PrefixLM(config).eval().requires_grad_(False).to(DEVICE, getattr(torch, dtype))
+    lengths = np.random.default_rng(0).integers(6, 20, prompts)
+    texts = [torch.randn(int(n), config.text_width) for n in lengths]
+    keys = prompt_keys([0] * prompts, [f"prompt {i}" for i in range(prompts)]).tolist()
+    requests = [Request(text, key, TOKENS, TOKENS) for text, key in zip(texts, keys, strict=True)]
+    engine = Engine(model, SAMPLING, slots=prompts, capacity=20 + TOKENS)
 
-    slow: list[float] = []
-    for _ in range(2):  # the first round warms up
-        started = time.perf_counter()
-        expected = [recompute(model, texts[i], keys[i : i + 1]) for i in range(PROMPTS)]
-        slow.append(time.perf_counter() - started)
-    got = benchmark.pedantic(cached, (model, texts, keys), rounds=5, warmup_rounds=1)
-    assert got == expected, "no speed-up without the same motions"
-    fast = statistics.median(benchmark.stats.stats.data)
+    got = benchmark.pedantic(cached, (engine, requests), rounds=5, warmup_rounds=1)
+    wall, cpu = timed(lambda: cached(engine, requests), 3)
+    wall = min(wall, statistics.median(benchmark.stats.stats.data))
+    rates = read_rates()
+    bound = step_bytes(model) / max(rates.values())
     benchmark.extra_info.update(
         device=str(DEVICE),
-        recompute_s=round(slow[-1], 3),
-        cached_s=round(fast, 3),
-        tokens_per_s=round(PROMPTS * TOKENS / fast),
-        speedup=round(slow[-1] / fast, 1),
+        threads=torch.get_num_threads(),
+        load=round(os.getloadavg()[0], 1),
+        ms_per_token=round(1e3 * wall / TOKENS, 3),
+        cpu_ms_per_token=round(1e3 * cpu / TOKENS, 3),
+        motions_per_s=round(prompts / wall, 2),
+        tokens_per_s=round(prompts * TOKENS / wall),
+        **{f"{kind}_gb_s": round(rate / 1e9, 1) for kind, rate in rates.items()},
+        bound_ms=round(1e3 * bound, 3),
+        over_bound=round(wall / TOKENS / bound, 2),
     )
+    if dtype == "float32":  # in bfloat16 other products round otherwise, and other motions follow
+        few = min(prompts, RECOMPUTED)
+        again = [recompute(model, texts[i], keys[i]) for i in range(few)]  # warms up, too
+        assert got[:few] == again, "no speed-up without the same motions"
+        slow, slow_cpu = timed(lambda: recompute(model, texts[0], keys[0]), 3)
+        benchmark.extra_info.update(
+            recompute_ms_per_token=round(1e3 * slow / TOKENS, 3),
+            speedup=round(slow * prompts / wall, 1),
+            cpu_speedup=round(slow_cpu * prompts / cpu, 1),
+        )
+    print(f"\n{name} {dtype} {prompts}:", benchmark.extra_info)

@@ -258,7 +258,10 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     greedy: bool = False,
+    guidance: float = 1.0,
+    seconds: float | None = None,
     max_seconds: float | None = None,
     foot_lock: bool = False,
     smooth: float | None = None,
@@ -274,7 +277,10 @@ def generate(
         temperature: of the sampling; below 1 is more careful.
         top_k: sample among the k likeliest tokens only; 0 means all.
         top_p: sample among the likeliest tokens that have this much probability together.
+        min_p: sample among the tokens that are at least this much as likely as the likeliest.
         greedy: take the likeliest token every time.
+        guidance: above 1, classifier-free guidance; for models trained with training.drop_text.
+        seconds: length of the motion, to the nearest token.
         max_seconds: length limit; 10 s at most for the released sizes.
         foot_lock: pin the feet while they stand.
         smooth: low-pass filter of this many Hz.
@@ -293,7 +299,10 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         greedy=greedy,
+        guidance=guidance,
+        seconds=seconds,
         max_seconds=max_seconds,
     )
     if foot_lock or smooth is not None:

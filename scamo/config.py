@@ -229,6 +229,8 @@ class ModelConfig:
     codes (the number K of motion tokens) and text_width are taken from the dataset when they are 0.
     text: "words", all text states as a bidirectional prefix (ScaMo), or "sentence", their mean as a prefix of
         one position: a sentence embedding and causal attention (the T2M-GPT style of the paper's Tab. 2).
+    null_text: the model was trained without text now and then (training.drop_text, by which the trainer sets
+        it), so that generation can guide it.
     """
 
     size: str = "44M"
@@ -242,6 +244,7 @@ class ModelConfig:
     text: str = "words"
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
+    null_text: bool = False
 
     def __post_init__(self) -> None:
         if self.size and self.size not in MODEL_SIZES:
@@ -295,6 +298,7 @@ class TrainingConfig:
     micro_batch_tokens: positions (text + motion) of one packed micro-batch at most.
     micro_batches: micro-batches of a step over all ranks; ranks x accumulation must equal it.
     drop_token: probability that a sample loses one token at its head or tail (released code: 1/3).
+    drop_text: probability that a sample loses its text, for classifier-free guidance.
     weight_decay: of matrices; norms, biases and the embedding have none.
     ema_decay: of the moving average of the weights, which is exported beside them; 0 for none.
     checkpoint_activations: keep only the blocks' inputs, and compute the blocks again in the backward.
@@ -315,6 +319,7 @@ class TrainingConfig:
     warmup_ratio: float = 0.1
     clip_norm: float = 1.0
     drop_token: float = 1 / 3
+    drop_text: float = 0.0
     ema_decay: float = 0.0
     checkpoint_activations: bool = False
     kernels: str = "auto"
@@ -340,8 +345,9 @@ class TrainingConfig:
             raise ScaMoError(
                 f"keep_every = {self.keep_every}: expected a multiple of save_every = {self.save_every}"
             )
-        if not 0 <= self.drop_token <= 1:
-            raise ScaMoError(f"drop_token = {self.drop_token}: expected a probability in [0, 1]")
+        for name in ("drop_token", "drop_text"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ScaMoError(f"{name} = {getattr(self, name)}: expected a probability in [0, 1]")
         if not 0 <= self.ema_decay < 1:
             raise ScaMoError(f"ema_decay = {self.ema_decay}: expected a decay in [0, 1)")
 

@@ -137,8 +137,14 @@ def collate(samples: Sequence[Sample], eos: int) -> PackedBatch:
     )
 
 
+def null_text(width: int) -> NDArray[np.float32]:
+    """The text of a sample that lost it, (1, width): one state of zeros, which no encoder gives."""
+    return np.zeros((1, width), dtype=np.float32)
+
+
 class Draw(NamedTuple):
-    """One sample: its item, its caption, and the motion token it loses: 0 none, 1 the first, 2 the last."""
+    """One sample: its item, its caption (-1: it lost its text), and the motion token it loses: 0 none, 1 the
+    first, 2 the last."""
 
     item: int
     caption: int
@@ -159,7 +165,8 @@ class BatchPlan:
     """What every micro-batch of every step holds: a pure function of (seed, step).
 
     An epoch is a permutation of the items; each draw takes one of the item's captions and, with probability
-    drop_token, loses its first or last motion token (released code: 1/3; a lone token stays). The epochs
+    drop_token, loses its first or last motion token (released code: 1/3; a lone token stays); with
+    probability drop_text, `null_text` stands where its text was. The epochs
     follow one another in one stream, cut greedily into micro-batches of at most micro_batch_tokens positions;
     step s is micro-batches [s micro_batches, (s + 1) micro_batches). Nothing depends on the number of ranks.
 
@@ -174,7 +181,7 @@ class BatchPlan:
         seed: of the order and the draws.
         micro_batch_tokens: text and motion positions of a micro-batch at most.
         micro_batches: of a step, over all ranks.
-        drop_token: probability.
+        drop_token, drop_text: probabilities.
         max_text: text positions at most.
         max_motion: motion tokens at most.
         sentence: a caption's states are averaged to one position.
@@ -196,17 +203,18 @@ class BatchPlan:
         micro_batch_tokens: int,
         micro_batches: int,
         drop_token: float = 1 / 3,
+        drop_text: float = 0.0,
         max_text: int = 150,
         max_motion: int = 50,
         sentence: bool = False,
         name_of: Callable[[int], str] = str,
     ) -> None:
-        if seed < 0 or micro_batches < 1 or not 0 <= drop_token <= 1:
+        if seed < 0 or micro_batches < 1 or not 0 <= drop_token <= 1 or not 0 <= drop_text <= 1:
             raise ScaMoError(
-                f"seed = {seed}, micro_batches = {micro_batches}, drop_token = {drop_token}: "
-                "expected 0 or more, 1 or more, and a probability"
+                f"seed = {seed}, micro_batches = {micro_batches}, drop_token = {drop_token}, "
+                f"drop_text = {drop_text}: expected 0 or more, 1 or more, and two probabilities"
             )
-        self.seed, self.drop_token = seed, drop_token
+        self.seed, self.drop_token, self.drop_text = seed, drop_token, drop_text
         self.micro_batch_tokens, self.micro_batches = micro_batch_tokens, micro_batches
         self.max_text, self.max_motion, self.sentence = max_text, max_motion, sentence
         self.tokens: TokenStore | None = None
@@ -271,6 +279,7 @@ class BatchPlan:
             micro_batch_tokens=training.micro_batch_tokens,
             micro_batches=training.micro_batches,
             drop_token=training.drop_token,
+            drop_text=training.drop_text,
             max_text=model.max_text,
             max_motion=model.max_motion,
             sentence=model.text == "sentence",
@@ -344,21 +353,26 @@ class BatchPlan:
                 return self._epochs[epoch]
             count = len(self.items)
             # Raw bits: numpy promises their stream for ever, but not that of its distributions.
-            bits = np.random.Philox(np.random.SeedSequence((self.seed, epoch))).random_raw(3 * count)
+            draws = 4 if self.drop_text else 3
+            bits = np.random.Philox(np.random.SeedSequence((self.seed, epoch))).random_raw(draws * count)
             order = np.argsort(bits[:count], kind="stable")
             uniform = (bits[count:] >> np.uint64(11)) * 2.0**-53
             choice = np.minimum(
                 (uniform[:count] * self._counts[order]).astype(np.int64), self._counts[order] - 1
             )
             captions = self._first[order] + choice
-            motion = self._motion[order]
+            motion, tokens = self._motion[order], uniform[count : 2 * count]
             drops = np.select(
-                [motion < 2, uniform[count:] < self.drop_token / 2, uniform[count:] < self.drop_token],
+                [motion < 2, tokens < self.drop_token / 2, tokens < self.drop_token],
                 [0, 1, 2],
                 0,
             )
             motion = motion - (drops > 0)
-            planned = _Epoch(self.items[order], captions, drops, self._text[captions] + motion, motion + 1)
+            text = self._text[captions]
+            if self.drop_text:
+                lost = uniform[2 * count :] < self.drop_text
+                captions, text = np.where(lost, -1, captions), np.where(lost, 1, text)
+            planned = _Epoch(self.items[order], captions, drops, text + motion, motion + 1)
             self._epochs[epoch] = planned
             while len(self._epochs) > KEPT_EPOCHS:
                 self._epochs.popitem(last=False)
@@ -465,7 +479,8 @@ class PackedLoader:
         for item, caption, drop in draws:
             motion = self._tokens[item]
             motion = motion[1:] if drop == 1 else motion[:-1] if drop == 2 else motion
-            samples.append(Sample(self.plan.text_rows(self._text[caption]), motion, item, caption))
+            text = null_text(self._text.width) if caption < 0 else self.plan.text_rows(self._text[caption])
+            samples.append(Sample(text, motion, item, caption))
         return collate(samples, self._tokens.codes)
 
 

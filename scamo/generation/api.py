@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from scamo.config import ModelConfig
 from scamo.data.text import TextEncoder
 from scamo.errors import ScaMoError
-from scamo.generation.decode import generate_tokens
+from scamo.generation.engine import Engine, Request, check_guidance, collect
 from scamo.generation.export import check_codes, load_transformer, read_export, weights_file
 from scamo.generation.sampling import Sampling, prompt_keys
+from scamo.generation.stream import FeatureStream, JointStream, context_tokens
 from scamo.models.layers import check_bf16
 from scamo.models.prefix_lm import PrefixLM
 from scamo.motion.motion import Motion
 from scamo.tokenizers import load_tokenizer
 from scamo.tokenizers.autoencoder import MotionAutoencoder
+
+if TYPE_CHECKING:
+    from scamo.evaluation.evaluator import Evaluator
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,6 +51,7 @@ class ScaMo:
                 f"but the transformer was made for {model.config.text_width}"
             )
         self.model, self.tokenizer, self.text_encoder, self.fps = model, tokenizer, text_encoder, fps
+        self._spare: dict[tuple[Sampling, int, float], Engine] = {}
 
     @classmethod
     def load(
@@ -98,24 +107,31 @@ class ScaMo:
     def seconds_per_token(self) -> float:
         return self.tokenizer.downsampling / self.fps
 
+    @property
+    def stream_latency(self) -> int:
+        """Tokens that `stream` waits for beyond those whose frames it yields, until the motion ends."""
+        return context_tokens(self.tokenizer.config)[1]
+
     @overload
-    def generate(self, text: str, **options: Any) -> Motion: ...
+    def generate(self, text: str, *, samples: None = None, **options: Any) -> Motion: ...
     @overload
-    def generate(self, text: Sequence[str], **options: Any) -> list[Motion]: ...
+    def generate(self, text: str, *, samples: int, **options: Any) -> list[Motion]: ...
+    @overload
+    def generate(self, text: Sequence[str], *, samples: None = None, **options: Any) -> list[Motion]: ...
+    @overload
+    def generate(self, text: Sequence[str], *, samples: int, **options: Any) -> list[list[Motion]]: ...
 
     def generate(  # type: ignore[misc]
         self,
         text: str | Sequence[str],
         *,
         seed: int | Sequence[int] = 0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        greedy: bool = False,
-        max_tokens: int | None = None,
-        max_seconds: float | None = None,
+        samples: int | None = None,
+        best_of: int | None = None,
+        evaluator: str | Path | Evaluator | None = None,
         batch_size: int = 32,
-    ) -> Motion | list[Motion]:
+        **settings: Any,
+    ) -> Motion | list[Motion] | list[list[Motion]]:
         """Generate a motion for a sentence, or one for each of several.
 
         The same seed and sentence give the same tokens, alone or among others, in any batch size (the noise
@@ -126,70 +142,200 @@ class ScaMo:
         Args:
             text: a sentence, or several.
             seed: of all sentences, or one for each.
-            temperature, top_k, top_p, greedy: see Sampling.
+            samples: motions of each sentence, of other noise each; the first is the one without `samples`.
+            best_of: generate so many samples of each sentence and keep the one with the smallest matching
+                score: the distance of sentence and motion in the evaluator's space.
+            evaluator: for best_of: the folder of one, or what `load_evaluator` gave.
+            batch_size: motions at a time; bounds the memory. Those that end make room for the next.
+            temperature, top_k, top_p, min_p, greedy: see Sampling.
+            guidance: 1 (off) or more: logits = null + guidance (text - null), null being the logits without a
+                text. For models that were trained with training.drop_text; takes twice the time.
+            min_tokens, min_seconds: EOS is forbidden before; seconds are rounded up to whole tokens.
             max_tokens, max_seconds: limits of the length, the tighter one counts; config.max_motion tokens
-                without them.
-            batch_size: sentences at a time; bounds the memory.
+                without them. Seconds are rounded down to whole tokens.
+            seconds: the length, of all or one for each sentence, rounded to the nearest whole token; in place
+                of the limits.
 
         Returns:
-            A Motion with joints, features, tokens and text, or a list in the order of the sentences.
+            A Motion with joints, features, tokens and text, or a list in the order of the sentences; with
+            `samples` a list of motions in place of each. meta holds seed, with samples also sample, with
+            best_of sample and matching_score.
 
         Raises:
             ScaMoError: an empty sentence (with its index), a bad option, or a limit beyond the model's.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        for index, sentence in enumerate(texts):
-            if not isinstance(sentence, str) or not sentence.strip():
-                what = "is empty" if isinstance(sentence, str) else f"is not a text: {sentence!r}"
-                raise ScaMoError(f"prompt {index} {what}")
+        texts = _sentences([text] if isinstance(text, str) else list(text))
         seeds = [seed] * len(texts) if isinstance(seed, int | np.integer) else list(seed)
         if len(seeds) != len(texts):
             raise ScaMoError(f"{len(seeds)} seeds for {len(texts)} prompts: expected one, or one for each")
-        if batch_size < 1:
-            raise ScaMoError(f"batch_size = {batch_size}: expected a value above 0")
-        sampling = Sampling(temperature, top_k, top_p, greedy)
-        limit = self._limit(max_tokens, max_seconds)
+        for name, value in (("batch_size", batch_size), ("samples", samples), ("best_of", best_of)):
+            if value is not None and value < 1:
+                raise ScaMoError(f"{name} = {value}: expected a value above 0")
+        if samples is not None and best_of is not None:
+            raise ScaMoError("samples and best_of: give one of them")
+        if (best_of is None) != (evaluator is None):
+            raise ScaMoError("best_of and evaluator: each needs the other")
+        sampling, guidance, limits = self._settings(len(texts), **settings)
+        judge = None if evaluator is None else self._judge(evaluator)
 
-        tokens: list[NDArray[np.int32]] = []
-        for start in range(0, len(texts), batch_size):
-            part = texts[start : start + batch_size]
-            keys = prompt_keys(seeds[start : start + batch_size], part)
-            # One text at a time: padding would change its states by a rounding, and so perhaps its motion.
-            different = list(dict.fromkeys(part))
-            encoded = self.text_encoder.encode(different, batch_size=1)
-            state_of = {
-                sentence: torch.from_numpy(state).float()
-                for sentence, state in zip(different, encoded, strict=True)
-            }
-            states = [state_of[sentence] for sentence in part]
-            tokens += generate_tokens(self.model, states, keys, sampling, max_tokens=limit)
-        motions = [
-            Motion.from_features(
-                features, fps=self.fps, text=sentence, tokens=codes, meta={"seed": int(one_seed)}
-            )
-            for features, sentence, codes, one_seed in zip(
-                self._decode(tokens, batch_size), texts, tokens, seeds, strict=True
-            )
+        count = samples or best_of or 1
+        prompts = [
+            _Prompt(sentence, int(one_seed), number, *limit)
+            for sentence, one_seed, limit in zip(texts, seeds, limits, strict=True)
+            for number in range(count)
         ]
-        return motions[0] if isinstance(text, str) else motions
+        tokens: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * len(prompts)
+        if prompts:
+            with self._engine(sampling, min(batch_size, len(prompts)), guidance) as engine:
+                for ticket, codes in collect(engine.run(self._requests(prompts))):
+                    tokens[ticket] = codes
+        motions = []
+        for prompt, codes, features in zip(prompts, tokens, self._decode(tokens, batch_size), strict=True):
+            meta = {"seed": prompt.seed} | ({} if count == 1 and not samples else {"sample": prompt.number})
+            motions.append(
+                Motion.from_features(features, fps=self.fps, text=prompt.text, tokens=codes, meta=meta)
+            )
+        groups = [motions[i : i + count] for i in range(0, len(motions), count)]
+        if samples is not None:
+            return groups[0] if isinstance(text, str) else groups
+        chosen = [group[0] for group in groups] if judge is None else _best(groups, judge)
+        return chosen[0] if isinstance(text, str) else chosen
 
-    def _limit(self, max_tokens: int | None, max_seconds: float | None) -> int:
-        limit = most = self.config.max_motion
-        unit = self.seconds_per_token
-        if max_tokens is not None:
-            if not 1 <= max_tokens <= most:
-                raise ScaMoError(f"max_tokens = {max_tokens}: expected 1 to {most}, the model's limit")
-            limit = max_tokens
+    def stream(self, text: str, *, seed: int = 0, chunk: int = 4, **settings: Any) -> Iterator[Motion]:
+        """Generate a motion for a sentence and yield it in pieces, while it is being generated.
+
+        The pieces end to end are what `generate` gives for the same seed and settings: the same tokens,
+        features and joints to rounding (1e-5 m). A frame depends on `stream_latency` tokens after its own
+        (22 with the default tokenizer); it is yielded when they are there, or when the motion has ended.
+
+        Args:
+            text: a sentence.
+            seed: as in `generate`.
+            chunk: tokens of a piece at least, but for the last piece. Smaller ones come sooner; each costs
+                the tokenizer's decoder a window of its tokens and of those around that they depend on.
+            settings: temperature to seconds, as in `generate`.
+
+        Yields:
+            Motions with joints, features and tokens of their frames, and text; meta holds seed and
+            first_frame.
+
+        Raises:
+            ScaMoError: as `generate`, before the first piece.
+        """
+        _sentences([text])
+        if chunk < 1:
+            raise ScaMoError(f"chunk = {chunk}: expected a value above 0")
+        sampling, guidance, (limits,) = self._settings(1, **settings)
+        return self._stream(_Prompt(text, int(seed), 0, *limits), chunk, sampling, guidance)
+
+    def _stream(self, prompt: _Prompt, chunk: int, sampling: Sampling, guidance: float) -> Iterator[Motion]:
+        frames, path = FeatureStream(self.tokenizer, chunk), JointStream()
+        with self._engine(sampling, 1, guidance) as engine:
+            for _, tokens, done in engine.run(self._requests([prompt])):
+                first = frames.given
+                features = frames.push(tokens, end=done)
+                if features is not None:
+                    yield Motion(
+                        path.push(features),
+                        fps=self.fps,
+                        text=prompt.text,
+                        features=features,
+                        tokens=np.array(frames.tokens[first : frames.given], dtype=np.int32),
+                        meta={"seed": prompt.seed, "first_frame": first * self.tokenizer.downsampling},
+                    )
+
+    @contextmanager
+    def _engine(self, sampling: Sampling, slots: int, guidance: float) -> Iterator[Engine]:
+        """An engine for one call; on CUDA the last one is kept, for its graph."""
+        capacity = self.config.max_text + self.config.max_motion - 1
+        key = (sampling, slots, guidance)
+        engine = self._spare.pop(key, None)
+        if engine is None:
+            engine = Engine(self.model, sampling, slots=slots, capacity=capacity, guidance=guidance)
+        try:
+            yield engine
+        finally:
+            if self.model.embedding.weight.is_cuda:
+                self._spare = {key: engine}
+
+    def _requests(self, prompts: Sequence[_Prompt]) -> Iterator[Request]:
+        """What the engine takes; a text is encoded when its turn comes."""
+
+        # One text at a time: padding would change its states by a rounding, and so perhaps its motion.
+        @functools.lru_cache(maxsize=256)
+        def states(text: str) -> Tensor:
+            return torch.from_numpy(self.text_encoder.encode([text], batch_size=1)[0]).float()
+
+        for prompt in prompts:
+            key = prompt_keys([prompt.seed], [prompt.text], [prompt.number])
+            yield Request(states(prompt.text), int(key), prompt.most, prompt.least)
+
+    def _settings(
+        self,
+        count: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        greedy: bool = False,
+        guidance: float = 1.0,
+        min_tokens: int | None = None,
+        min_seconds: float | None = None,
+        max_tokens: int | None = None,
+        max_seconds: float | None = None,
+        seconds: float | Sequence[float] | None = None,
+    ) -> tuple[Sampling, float, list[tuple[int, int]]]:
+        """Sampling, guidance and, for each of `count` prompts, its least and most tokens."""
+        sampling = Sampling(temperature, top_k, top_p, greedy, min_p)
+        check_guidance(self.model, guidance)
+        limits = (min_tokens, min_seconds, max_tokens, max_seconds)
+        if seconds is not None:
+            if limits != (None,) * 4:
+                raise ScaMoError("seconds is the whole length: give no minimum or maximum beside it")
+            each = [seconds] * count if isinstance(seconds, int | float) else list(seconds)
+            if len(each) != count:
+                raise ScaMoError(f"{len(each)} seconds for {count} prompts: expected one, or one for each")
+            lengths = [self._tokens_of("seconds", one, lambda n: math.floor(n + 0.5 + 1e-6)) for one in each]
+            return sampling, guidance, [(length, length) for length in lengths]
+        most = self.config.max_motion
+        least = 1
+        for name, tokens in (("min_tokens", min_tokens), ("max_tokens", max_tokens)):
+            if tokens is not None and not 1 <= tokens <= most:
+                raise ScaMoError(f"{name} = {tokens}: expected 1 to {most}, the model's limit")
+        # The epsilons: 0.6 / 0.2 is 2.9999999999999996.
         if max_seconds is not None:
-            # The epsilon: 0.6 / 0.2 is 2.9999999999999996.
-            tokens = int(max_seconds / unit + 1e-6) if np.isfinite(max_seconds) else 0
-            if not 1 <= tokens <= most:
-                raise ScaMoError(
-                    f"max_seconds = {max_seconds}: expected {unit:g} (one token) to {most * unit:g}, "
-                    "the model's limit"
-                )
-            limit = min(limit, tokens)
-        return limit
+            most = self._tokens_of("max_seconds", max_seconds, lambda n: math.floor(n + 1e-6))
+        if min_seconds is not None:
+            least = self._tokens_of("min_seconds", min_seconds, lambda n: math.ceil(n - 1e-6))
+        least, most = max(least, min_tokens or 1), min(most, max_tokens or most)
+        if least > most:
+            raise ScaMoError(f"the shortest length, {least} tokens, is above the longest, {most}")
+        return sampling, guidance, [(least, most)] * count
+
+    def _tokens_of(self, name: str, seconds: float, rounded: Callable[[float], int]) -> int:
+        unit, most = self.seconds_per_token, self.config.max_motion
+        tokens = rounded(seconds / unit) if np.isfinite(seconds) else 0
+        if not 1 <= tokens <= most:
+            raise ScaMoError(
+                f"{name} = {seconds}: expected {unit:g} (one token) to {most * unit:g}, the model's limit"
+            )
+        return tokens
+
+    def _judge(self, evaluator: str | Path | Evaluator) -> Evaluator:
+        from scamo.evaluation.evaluator import check_statistics, load_evaluator
+
+        tokenizer = self.tokenizer
+        judge = evaluator
+        if isinstance(judge, str | Path):
+            judge = load_evaluator(judge, tokenizer.mean.device)
+        if abs(judge.fps - self.fps) > 1e-6:
+            raise ScaMoError(
+                f"evaluator {judge.name} was trained at {judge.fps:g} fps, the model makes {self.fps:g}"
+            )
+        found = tokenizer.mean.cpu().numpy(), tokenizer.std.cpu().numpy()
+        check_statistics(f"evaluator {judge.name}", (judge.mean, judge.std), found, "the model's tokenizer")
+        return judge
 
     @torch.no_grad()
     def _decode(self, tokens: list[NDArray[np.int32]], batch_size: int) -> list[NDArray[np.float32]]:
@@ -206,6 +352,40 @@ class ScaMo:
                 for index, motion in zip(part, self.tokenizer.decode(codes).cpu().numpy(), strict=True):
                     features[index] = motion
         return features
+
+
+class _Prompt(NamedTuple):
+    """A sentence, its noise (seed and number of the sample) and the limits of its length in tokens."""
+
+    text: str
+    seed: int
+    number: int
+    least: int
+    most: int
+
+
+def _sentences(texts: list[str]) -> list[str]:
+    """The texts; ScaMoError with its index for one that is empty or none."""
+    for index, sentence in enumerate(texts):
+        if not isinstance(sentence, str) or not sentence.strip():
+            what = "is empty" if isinstance(sentence, str) else f"is not a text: {sentence!r}"
+            raise ScaMoError(f"prompt {index} {what}")
+    return texts
+
+
+def _best(groups: list[list[Motion]], judge: Evaluator) -> list[Motion]:
+    """Of each group of one text, the motion that the evaluator finds nearest to it, the first of equals."""
+    from scamo.evaluation.evaluator import held
+
+    texts = judge.embed_texts([str(group[0].text) for group in groups])
+    chosen = []
+    for text, group in zip(texts, groups, strict=True):
+        points = judge.embed_motions([held(np.asarray(m.features), judge.min_frames) for m in group])
+        distances = np.linalg.norm(points - text, axis=1)
+        best = int(distances.argmin())
+        group[best].meta |= {"sample": best, "matching_score": float(distances[best])}
+        chosen.append(group[best])
+    return chosen
 
 
 def _device(device: str | torch.device) -> torch.device:

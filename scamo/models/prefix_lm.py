@@ -51,17 +51,25 @@ class KVCache:
     """Keys and values of every layer, written in place.
 
     states (layers, 2, rows, H, capacity, columns of a head): keys (rotated) and values; lengths int64
-    (rows,): positions that are filled; longest: the longest row there ever was, known without asking the
-    device.
+    (rows,): positions that are filled. longest: the longest row there ever was, known without asking the
+    device; None where the caller watches the capacity himself.
     """
 
     states: Tensor
     lengths: Tensor
-    longest: int
+    longest: int | None = None
 
     @property
     def rows(self) -> int:
         return self.lengths.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return self.states.shape[-2]
+
+    def first(self, rows: int) -> KVCache:
+        """The first rows only, in the same memory."""
+        return KVCache(self.states[:, :, :rows], self.lengths[:rows], self.longest)
 
     def compact(self, alive: list[int]) -> tuple[KVCache, list[int]]:
         """A cache of the rows `alive` (increasing) only; it shares the memory and spoils this cache.
@@ -76,7 +84,7 @@ class KVCache:
             if new != old:
                 self.states[:, :, new] = self.states[:, :, old]
                 self.lengths[new] = self.lengths[old]
-        return KVCache(self.states[:, :, :n], self.lengths[:n], self.longest), order
+        return self.first(n), order
 
 
 class _Interleave(torch.autograd.Function):
@@ -168,7 +176,7 @@ class PrefixLM(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """(S, C): the normalised last hidden states of the scored rows."""
-        self._check_length(batch.max_seqlen)
+        self.check_length(batch.max_seqlen)
         text = self.text_projection(batch.text_states.to(self.dtype))
         x = _Interleave.apply(text, self.embedding(batch.motion_tokens), batch.text_rows, batch.motion_rows)
         rope, branch = self._rope(x.device), None
@@ -181,6 +189,17 @@ class PrefixLM(nn.Module):
             else:
                 x, branch = block(*inputs)
         return self.norm(x, branch)[0]
+
+    def prefix(self, text: Tensor) -> Tensor:
+        """What of text states, float (P, text width), stands before the motion: all, or their mean."""
+        return text.float().mean(0, keepdim=True) if self.config.text == "sentence" else text
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty cache for `rows` sequences of at most `capacity` positions."""
+        device, heads = self.embedding.weight.device, self.config.heads
+        shape = len(self.blocks), 2, rows, heads, capacity, storage_dim(self.config.head_dim, device)
+        states = torch.zeros(shape, dtype=self.dtype, device=device)
+        return KVCache(states, torch.zeros(rows, dtype=torch.int64, device=device))
 
     @torch.no_grad()
     def prefill(self, texts: list[Tensor], new_tokens: int) -> tuple[KVCache, Tensor]:
@@ -195,46 +214,52 @@ class PrefixLM(nn.Module):
         lengths = [text.shape[0] for text in texts]
         if min(lengths) < 1:
             raise ScaMoError(f"text {lengths.index(0)} has no states: expected at least one")
-        if self.config.text == "sentence":
-            texts = [text.float().mean(0, keepdim=True) for text in texts]
-            lengths = [1] * len(texts)
-        longest = max(lengths)
-        self._check_length(longest + new_tokens)
+        prefixes = [self.prefix(text) for text in texts]
+        longest = max(prefix.shape[0] for prefix in prefixes)
+        self.check_length(longest + new_tokens)
+        cache = self.new_cache(len(texts), longest + new_tokens)
+        logits = self.read_prefixes(cache, prefixes, list(range(len(texts))))
+        cache.longest = longest
+        return cache, logits
+
+    @torch.no_grad()
+    def read_prefixes(self, cache: KVCache, prefixes: list[Tensor], rows: list[int]) -> Tensor:
+        """Begin new sequences in some rows of a cache, whatever they hold, with `prefix` of a text each.
+
+        Returns the float32 logits (B, K + 1) of their first motion tokens.
+        """
         device = self.embedding.weight.device
+        lengths = [prefix.shape[0] for prefix in prefixes]
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
         prefix = torch.tensor(lengths)
-        sample = torch.repeat_interleave(torch.arange(len(texts)), prefix)
+        sample = torch.repeat_interleave(torch.arange(len(prefixes)), prefix)
         position = (torch.arange(starts[-1]) - torch.tensor(starts)[sample]).to(device)
-        sample = sample.to(device)
+        row = torch.tensor(rows)[sample].to(device)
         cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
         prefix = prefix.to(device)
         prefix_lengths = prefix.to(torch.int32)
 
-        x = self.text_projection(torch.cat(texts).to(device, self.dtype))
+        x = self.text_projection(torch.cat(prefixes).to(device, self.dtype))
         rope, branch = self._rope(device), None
-        storage = 2 * rope.shape[1]
-        states = x.new_zeros(
-            len(self.blocks), 2, len(texts), self.config.heads, longest + new_tokens, storage
-        )
-        for block, layer in zip(self._blocks(), states, strict=True):
-            qkv, x = block.project(x, branch, storage)
-            layer[0][sample, :, position] = rotate(qkv[:, 1], rope[position])
-            layer[1][sample, :, position] = qkv[:, 2]
+        for block, layer in zip(self._blocks(), cache.states, strict=True):
+            qkv, x = block.project(x, branch, 2 * rope.shape[1])
+            layer[0][row, :, position] = rotate(qkv[:, 1], rope[position])
+            layer[1][row, :, position] = qkv[:, 2]
             attended = rotary_prefix_attention(
                 qkv,
                 rope,
                 cu_seqlens,
                 prefix_lengths,
-                max_seqlen=longest,
+                max_seqlen=max(lengths),
                 scale=block.scale,
                 impl=self.impl,
             )
             x, branch = block.finish(x, attended)
         normed, _ = self.norm(x, branch)
-        logits = self.head(normed[cu_seqlens[1:].long() - 1])
-        return KVCache(states, prefix, longest), logits
+        cache.lengths[torch.tensor(rows, device=device)] = prefix
+        return self.head(normed[cu_seqlens[1:].long() - 1])
 
     @torch.no_grad()
     def decode(self, cache: KVCache, tokens: Tensor) -> Tensor:
@@ -243,8 +268,10 @@ class PrefixLM(nn.Module):
         Raises:
             ScaMoError: the cache is full.
         """
-        if cache.longest >= cache.states.shape[-2]:
-            raise ScaMoError(f"the cache is full: it has room for {cache.states.shape[-2]} positions")
+        if cache.longest is not None:
+            if cache.longest >= cache.capacity:
+                raise ScaMoError(f"the cache is full: it has room for {cache.capacity} positions")
+            cache.longest += 1
         x, branch = self.embedding(tokens), None
         rope = self._rope(x.device)
         for block, layer in zip(self._blocks(), cache.states, strict=True):
@@ -254,7 +281,6 @@ class PrefixLM(nn.Module):
             )
             x, branch = block.finish(x, attended)
         cache.lengths += 1
-        cache.longest += 1
         return self.head(self.norm(x, branch)[0])
 
     def _blocks(self) -> Iterator[Block]:
@@ -265,7 +291,8 @@ class PrefixLM(nn.Module):
         storage = storage_dim(config.head_dim, device)
         return rotary_table(config.max_positions, config.head_dim, storage, config.rope_base, device)
 
-    def _check_length(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
+        """Raises ScaMoError for a sample of more than config.max_positions."""
         if length > self.config.max_positions:
             raise ScaMoError(
                 f"a sample of {length} positions: the model has {self.config.max_positions} "

@@ -166,6 +166,7 @@ def _prepare(config: RunConfig, ds_path: Path, world: World, *, resume: bool, ov
     tokens = dataset.tokens(config.data.tokens)
     text = dataset.text_states(config.data.text)
     model = _complete_model(config.model, codes=tokens.codes, text_width=text.width)
+    model = dataclasses.replace(model, null_text=training.drop_text > 0)
     config = dataclasses.replace(config, model=model)
     _check_tokenizer(config.data.tokenizer, tokens, model)
     plan = BatchPlan.of(dataset, "train", tokens, text, model, training)

@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import scamo
-from scamo.config import ModelConfig, TokenizerConfig
+from scamo.config import EvaluatorConfig, ModelConfig, TokenizerConfig
+from scamo.data.text import TextEncoder
 from scamo.errors import ScaMoError
+from scamo.evaluation.contrastive import ContrastiveEvaluator, ContrastiveNetwork
+from scamo.evaluation.evaluator import held, load_evaluator
 from scamo.generation.api import ScaMo
 from scamo.generation.export import export_model
 from scamo.models.prefix_lm import PrefixLM
@@ -137,6 +140,21 @@ def test_length_limits(model):
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
+        ("runs", {"min_tokens": 0}, "min_tokens = 0: expected 1 to 10"),
+        (
+            "runs",
+            {"min_tokens": 5, "max_seconds": 0.8},
+            "the shortest length, 5 tokens, is above the longest, 4",
+        ),
+        ("runs", {"seconds": 2.2}, r"seconds = 2.2: expected 0.2 \(one token\) to 2,"),
+        ("runs", {"seconds": 0.05}, "seconds = 0.05"),
+        ("runs", {"seconds": 1.0, "max_tokens": 5}, "seconds is the whole length"),
+        (["runs", "walks"], {"seconds": [1.0]}, "1 seconds for 2 prompts"),
+        ("runs", {"samples": 0}, "samples = 0"),
+        ("runs", {"samples": 2, "best_of": 2}, "samples and best_of: give one"),
+        ("runs", {"best_of": 2}, "best_of and evaluator: each needs the other"),
+        ("runs", {"guidance": 2.0}, r"guidance = 2.0: .*training\.drop_text"),
+        ("runs", {"min_p": 2.0}, "min_p = 2.0"),
         ("", {}, "prompt 0 is empty"),
         (["a person walks", " \n"], {}, "prompt 1 is empty"),
         (["a person walks", None], {}, "prompt 1 is not a text: None"),
@@ -153,6 +171,97 @@ def test_length_limits(model):
 def test_bad_prompts_and_options_are_named(model, text, options, message):
     with pytest.raises(ScaMoError, match=message):
         model.generate(text, **options)
+
+
+def test_lengths_that_are_asked_for(model):
+    for options, length in (
+        ({"seconds": 1.0}, 5),
+        ({"seconds": 0.69}, 3),
+        ({"seconds": 0.7}, 4),  # 3.5 tokens: up
+        ({"min_seconds": 1.9}, 10),
+        ({"min_tokens": 7, "max_tokens": 7}, 7),
+    ):
+        for motion in model.generate(TEXTS, seed=1, **options):
+            assert len(motion.tokens) == length
+    lengths = [len(motion.tokens) for motion in model.generate(TEXTS, seconds=[0.2, 2.0, 1.0, 0.4])]
+    assert lengths == [1, 10, 5, 2]
+    assert any(len(motion.tokens) < 10 for motion in model.generate(TEXTS, seed=7))
+
+
+def test_samples_are_other_motions_of_which_the_first_is_the_single_one(model):
+    several = model.generate(TEXTS[:2], seed=4, samples=5, batch_size=3)
+    for text, group in zip(TEXTS, several, strict=False):
+        assert group[0].tokens.tolist() == model.generate(text, seed=4).tokens.tolist()
+        assert [motion.meta["sample"] for motion in group] == list(range(5))
+    assert len({tuple(motion.tokens) for motion in several[0]}) == 5
+    alone = model.generate(TEXTS[1], seed=4, samples=2)
+    assert [m.tokens.tolist() for m in alone] == [m.tokens.tolist() for m in several[1][:2]]
+
+
+@pytest.fixture(scope="module")
+def evaluator(encoder, tmp_path_factory):
+    torch.manual_seed(4)
+    config = EvaluatorConfig(text_width=12, width=8, embedding=8, layers=1)
+    network = ContrastiveNetwork(config, np.zeros(263), np.full(263, 0.5))
+    state = TextEncoder.load(str(encoder), device="cpu").encode(["runs"])[0].astype(np.float32).mean(0)
+    folder = tmp_path_factory.mktemp("evaluator") / "evaluator"
+    ContrastiveEvaluator(
+        network, name="random", fps=20, text_encoder=str(encoder), probe=("runs", state.tolist())
+    ).save(folder)
+    return folder
+
+
+def test_best_of_keeps_the_sample_nearest_to_the_text(model, evaluator):
+    judge = load_evaluator(evaluator)
+    best = model.generate(TEXTS, seed=2, best_of=4, evaluator=evaluator)
+    points = judge.embed_texts(TEXTS)
+    numbers = set()
+    for motion, group, point in zip(best, model.generate(TEXTS, seed=2, samples=4), points, strict=True):
+        made = judge.embed_motions([held(one.features, judge.min_frames) for one in group])
+        distances = np.linalg.norm(made - point, axis=1)
+        assert motion.tokens.tolist() == group[distances.argmin()].tokens.tolist()
+        assert motion.meta["matching_score"] == pytest.approx(distances.min(), abs=1e-5)
+        numbers.add(motion.meta["sample"])
+    assert len(numbers) > 1, "not always the same one"
+    again = model.generate(TEXTS[0], seed=2, best_of=4, evaluator=judge)
+    assert again.tokens.tolist() == best[0].tokens.tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": 1, "seconds": 2.0}, {"greedy": True, "max_tokens": 4}])
+def test_a_stream_is_the_motion_in_pieces(model, options):
+    settings = {name: value for name, value in options.items() if name != "chunk"}
+    for text in TEXTS:
+        whole = model.generate(text, seed=6, **settings)
+        pieces = list(model.stream(text, seed=6, **options))
+        assert np.concatenate([piece.tokens for piece in pieces]).tolist() == whole.tokens.tolist()
+        for name in ("joints", "features"):
+            got = np.concatenate([getattr(piece, name) for piece in pieces])
+            np.testing.assert_allclose(got, getattr(whole, name), atol=1e-5)
+        starts = np.cumsum([0, *(len(piece) for piece in pieces)])[:-1]
+        assert [piece.meta["first_frame"] for piece in pieces] == starts.tolist()
+
+
+def test_a_stream_comes_in_pieces_and_may_be_left(model):
+    assert model.stream_latency == 4  # of this tokenizer
+    stream = model.stream(TEXTS[0], chunk=1, seconds=2.0)
+    other = model.stream(TEXTS[1], chunk=1, seconds=2.0)
+    assert [len(next(stream)) for _ in range(5)] == [4] * 5
+    assert len(next(other)) == 4
+    assert [len(piece) for piece in stream] == [20], "the tokens that nothing more can follow"
+    with pytest.raises(ScaMoError, match="prompt 0 is empty"):
+        model.stream(" ")
+    with pytest.raises(ScaMoError, match="chunk = 0"):
+        model.stream("runs", chunk=0)
+
+
+def test_guidance_with_a_model_that_was_trained_for_it(encoder, tokenizer, tmp_path):
+    config = replace(CONFIG, null_text=True)
+    folder = export_model(tmp_path / "export", make_state(), config, tokenizer, str(encoder))
+    model = ScaMo.load(folder, device="cpu")
+    free, guided = (model.generate(TEXTS, seed=5, guidance=g) for g in (1.0, 4.0))
+    assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(free, guided, strict=True))
+    for text, motion in zip(TEXTS, guided, strict=True):
+        assert model.generate(text, seed=5, guidance=4.0).tokens.tolist() == motion.tokens.tolist()
 
 
 def test_long_sentences_are_cut_to_the_model(model):

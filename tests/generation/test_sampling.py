@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from scamo.errors import ScaMoError
-from scamo.generation.sampling import Sampling, gumbel_noise, probabilities, prompt_keys, sample
+from scamo.generation.sampling import (
+    Sampling,
+    gumbel_noise,
+    probabilities,
+    prompt_keys,
+    sample,
+    sample_masked,
+)
 
 P = torch.tensor([0.4, 0.05, 0.3, 0.15, 0.1], dtype=torch.float64)
 LOGITS = P.log()[None] + 3.7
@@ -55,6 +62,41 @@ def test_top_p_counts_what_top_k_and_temperature_left():
     assert probabilities(LOGITS, Sampling(top_k=2, top_p=0.55))[0].nonzero().flatten().tolist() == [0]
     assert probabilities(LOGITS, Sampling(top_p=0.45))[0].nonzero().flatten().tolist() == [0, 2]
     assert probabilities(LOGITS, Sampling(0.5, top_p=0.45))[0].nonzero().flatten().tolist() == [0]
+
+
+# Of the likeliest, .4: the share of the others is .125, .75, .375, .25.
+@pytest.mark.parametrize(("min_p", "kept"), [(0.3, [0, 2, 3]), (0.5, [0, 2]), (1.0, [0])])
+def test_min_p_keeps_what_has_this_share_of_the_likeliest(min_p, kept):
+    expected = torch.zeros_like(P)
+    expected[kept] = P[kept] / P[kept].sum()
+    torch.testing.assert_close(probabilities(LOGITS, Sampling(min_p=min_p))[0], expected)
+    if len(kept) > 1:
+        assert_drawn_from(frequencies(Sampling(min_p=min_p)), expected)
+
+
+@pytest.mark.parametrize("scale", [0.3, 5.0])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(0.7, top_p=0.3),
+        Sampling(top_p=0.95),
+        Sampling(top_p=1e-9),
+        Sampling(top_k=7),
+        Sampling(1.4, 40, 0.8, min_p=0.2),
+        Sampling(min_p=0.1),
+    ],
+    ids=str,
+)
+def test_the_quick_way_draws_what_the_definition_says(sampling, scale):
+    """In blocks of rows, and each row at a step of its own."""
+    logits = scale * torch.randn(300, 700, generator=torch.Generator().manual_seed(0))
+    logits[:, 5] = -torch.inf
+    keys = prompt_keys(range(300), ["rows"] * 300)
+    steps = torch.arange(300) % 50
+    drawn = sample(logits, keys, steps, sampling)
+    assert torch.equal(drawn, sample_masked(logits, keys, steps, sampling))
+    assert drawn[7:8].tolist() == sample(logits[7:8], keys[7:8], 7, sampling).tolist()
 
 
 def test_exactly_k_of_equal_tokens_stay():
@@ -117,6 +159,9 @@ def test_keys_depend_on_seed_and_text_alone():
     assert keys[0] == keys[3]
     assert len(set(keys)) == 5
     assert prompt_keys([0], ["walk"]).tolist() == keys[:1]
+    numbered = prompt_keys([0] * 3, ["walk"] * 3, [0, 1, 2]).tolist()
+    assert numbered[0] == keys[0]
+    assert len({*numbered, *keys}) == 7
 
 
 @pytest.mark.parametrize(
@@ -128,6 +173,8 @@ def test_keys_depend_on_seed_and_text_alone():
         ({"top_k": -1}, "top_k = -1"),
         ({"top_p": 0.0}, "top_p = 0.0"),
         ({"top_p": 1.5}, "top_p = 1.5"),
+        ({"min_p": -0.1}, "min_p = -0.1"),
+        ({"min_p": math.nan}, "min_p = nan"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -1,0 +1,74 @@
+"""Streams against what is decoded at once."""
+
+import numpy as np
+import pytest
+import torch
+
+from scamo.config import TokenizerConfig
+from scamo.generation.stream import FeatureStream, JointStream, context_tokens
+from scamo.motion.features import features_to_joints
+from scamo.tokenizers.autoencoder import FSQAutoencoder
+
+SMALL = {"levels": (5, 5), "width": 8, "latent_width": 8}
+CONFIGS = [
+    TokenizerConfig(**SMALL),
+    TokenizerConfig(**SMALL, depth=1),
+    TokenizerConfig(**SMALL, depth=2, dilation_base=2, downsample_stages=1),
+    TokenizerConfig(**SMALL, depth=2, dilation_base=2, downsample_stages=3),
+]
+
+
+def make_tokenizer(config):
+    torch.manual_seed(0)
+    return FSQAutoencoder(config, torch.randn(263), torch.full((263,), 0.5)).eval()
+
+
+def test_the_context_of_the_default_decoder():
+    assert context_tokens(TokenizerConfig()) == (22, 22)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_frames_depend_on_the_context_and_on_no_more(config):
+    # In float64 with weights above 0 the farthest token's influence is small and still not lost in rounding.
+    tokenizer = make_tokenizer(config)
+    for parameter in tokenizer.decoder.parameters():
+        parameter.data.abs_()
+    tokenizer.double()
+    before, after = context_tokens(config)
+    latents = torch.rand(1, before + after + 5, config.latent_width, dtype=torch.float64)
+    latents.requires_grad_()
+    token = before + 2
+    frames = slice(token * config.downsampling, (token + 1) * config.downsampling)
+    tokenizer.decoder(latents)[:, frames].sum().backward()
+    reached = latents.grad[0].abs().sum(1).nonzero().flatten()
+    assert (reached.min(), reached.max()) == (token - before, token + after)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_streamed_features_are_the_offline_ones(config, chunk):
+    tokenizer = make_tokenizer(config)
+    _, after = context_tokens(config)
+    for length in (1, 5, after + 1, 60):
+        tokens = np.random.default_rng(length).integers(0, 25, length)
+        stream, pieces, pushed = FeatureStream(tokenizer, chunk), [], 0
+        while pushed < length:
+            part = tokens[pushed : pushed + 2]
+            pushed += len(part)
+            pieces.append(stream.push(part, end=pushed == length))
+            # No piece comes later than it must.
+            assert stream.given == length if pushed == length else pushed - stream.given < after + chunk
+        whole = tokenizer.decode(torch.from_numpy(tokens)[None])[0].detach().numpy()
+        got = np.concatenate([piece for piece in pieces if piece is not None])
+        np.testing.assert_allclose(got, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_joints_in_pieces_are_the_joints_at_once(size):
+    """Over 400 frames of fast turns and steps."""
+    features = np.random.default_rng(0).normal(0, 0.2, (400, 263)).astype(np.float32)
+    stream = JointStream()
+    joints = [stream.push(features[start : start + size]) for start in range(0, 400, size)]
+    expected = features_to_joints(features)
+    assert np.abs(expected[:, 0]).max() > 1
+    np.testing.assert_allclose(np.concatenate(joints), expected, atol=1e-5)
