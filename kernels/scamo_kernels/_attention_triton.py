@@ -222,6 +222,33 @@ def _bound(bounds, row, rows, prefix, PREFIX: tl.constexpr):
 
 
 @triton.jit
+def _sample(cu_seqlens, bounds, sample, PREFIX: tl.constexpr):
+    """A sample's first row (int64), its rows, its prefix (0 with bounds), and where its bounds begin."""
+    start = tl.load(cu_seqlens + sample)
+    rows = tl.load(cu_seqlens + sample + 1) - start
+    start = start.to(tl.int64)
+    prefix = 0
+    if PREFIX:
+        prefix = tl.minimum(tl.load(bounds + sample), rows)
+    else:
+        bounds += start
+    return start, rows, prefix, bounds
+
+
+@triton.jit
+def _tile_bounds(bounds, m0, row, rows, prefix, BM: tl.constexpr, PREFIX: tl.constexpr):
+    """How many keys the first and the last row of a query tile see, and each of its rows."""
+    last_row = tl.minimum(m0 + BM, rows) - 1
+    if PREFIX:
+        least = tl.where(m0 < prefix, prefix, m0 + 1)
+        most = tl.where(last_row < prefix, prefix, last_row + 1)
+    else:
+        least = tl.minimum(tl.load(bounds + m0), rows)
+        most = tl.minimum(tl.load(bounds + last_row), rows)
+    return least, most, _bound(bounds, row, rows, prefix, PREFIX)
+
+
+@triton.jit
 def _attend(
     q,
     acc,
@@ -299,22 +326,10 @@ def forward_kernel(
     m0 = (program % tiles) * BM
     head = (program // tiles) % HEADS
     sample = program // tiles // HEADS
-    start = tl.load(cu_seqlens + sample)
-    rows = tl.load(cu_seqlens + sample + 1) - start
-    start = start.to(tl.int64)
+    start, rows, prefix, bounds = _sample(cu_seqlens, bounds, sample, PREFIX)
     if m0 < rows:
         row = m0 + tl.arange(0, BM)
-        prefix = 0
-        last_row = tl.minimum(m0 + BM, rows) - 1
-        if PREFIX:
-            prefix = tl.minimum(tl.load(bounds + sample), rows)
-            least = tl.where(m0 < prefix, prefix, m0 + 1)
-            most = tl.where(last_row < prefix, prefix, last_row + 1)
-            bound = _bound(bounds, row, rows, prefix, PREFIX)
-        else:
-            least = tl.minimum(tl.load(bounds + start + m0), rows)
-            most = tl.minimum(tl.load(bounds + start + last_row), rows)
-            bound = _bound(bounds + start, row, rows, prefix, PREFIX)
+        least, most, bound = _tile_bounds(bounds, m0, row, rows, prefix, BM, PREFIX)
         full = least // BN * BN
         k_base = k + start * STRIDE_K + head * D
         v_base = v + start * STRIDE_V + head * D
@@ -484,14 +499,7 @@ def backward_kernel(
     part = program % parts
     head = (program // parts) % HEADS
     sample = program // parts // HEADS
-    start = tl.load(cu_seqlens + sample)
-    rows = tl.load(cu_seqlens + sample + 1) - start
-    start = start.to(tl.int64)
-    prefix = 0
-    if PREFIX:
-        prefix = tl.minimum(tl.load(bounds + sample), rows)
-    else:
-        bounds += start
+    start, rows, prefix, bounds = _sample(cu_seqlens, bounds, sample, PREFIX)
     q += start * STRIDE_Q + head * D
     k += start * STRIDE_K + head * D
     v += start * STRIDE_V + head * D
@@ -531,14 +539,7 @@ def backward_kernel(
         m0 = (part - key_tiles) * Q_BM
         if m0 < rows:
             row = m0 + tl.arange(0, Q_BM)
-            last_row = tl.minimum(m0 + Q_BM, rows) - 1
-            if PREFIX:
-                least = tl.where(m0 < prefix, prefix, m0 + 1)
-                most = tl.where(last_row < prefix, prefix, last_row + 1)
-            else:
-                least = tl.minimum(tl.load(bounds + m0), rows)
-                most = tl.minimum(tl.load(bounds + last_row), rows)
-            bound = _bound(bounds, row, rows, prefix, PREFIX)
+            least, most, bound = _tile_bounds(bounds, m0, row, rows, prefix, Q_BM, PREFIX)
             full = least // Q_BN * Q_BN
             qt = _load(q, row, rows, STRIDE_Q, D, BD, False)
             gt = _load(grad + own, row, rows, STRIDE_O, D, BD, False)
@@ -721,14 +722,7 @@ def sample_backward_kernel(
     program = tl.program_id(0)
     head = program % HEADS
     sample = program // HEADS
-    start = tl.load(cu_seqlens + sample)
-    rows = tl.load(cu_seqlens + sample + 1) - start
-    start = start.to(tl.int64)
-    prefix = 0
-    if PREFIX:
-        prefix = tl.minimum(tl.load(bounds + sample), rows)
-    else:
-        bounds += start
+    start, rows, prefix, bounds = _sample(cu_seqlens, bounds, sample, PREFIX)
     q += start * STRIDE_Q + head * D
     k += start * STRIDE_K + head * D
     v += start * STRIDE_V + head * D
@@ -785,6 +779,12 @@ def keeps_turned(q: Tensor, max_seqlen: int) -> bool:
     """Whether the forward keeps the turned q and k, because the backward does not turn them itself."""
     _, config = configs(q, max_seqlen)
     return not (isinstance(config, SampleConfig) and config.turns)
+
+
+def turned_shape(qkv: Tensor) -> tuple[int, ...]:
+    """Of the kept turned q and k: an even number of rows, so that k begins at 16 bytes whatever the tokens."""
+    tokens, _, heads, head_dim = qkv.shape
+    return 2, tokens + tokens % 2, heads, head_dim
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -940,9 +940,9 @@ def rotary_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`forward` of a packed projection, and the turned q and k (empty without `keep`)."""
-    turned = qkv.new_empty((2, qkv.shape[0], *qkv.shape[2:]) if keep else (0,))
+    turned = qkv.new_empty(turned_shape(qkv) if keep else (0,))
     q, k, v = qkv.unbind(1)
-    kept = turned if keep else None
+    kept = turned[:, : qkv.shape[0]] if keep else None
     rope = rope.contiguous()
     out, lse = forward(q, k, v, cu_seqlens, prefix_lengths, True, max_seqlen, scale, rope, kept)
     return out, lse, turned
@@ -964,7 +964,7 @@ def rotary_backward(
     grad_qkv = qkv.new_empty(qkv.shape)
     q, k, v = qkv.unbind(1)
     if turned.numel():
-        q, k = turned.unbind()
+        q, k = turned[:, : qkv.shape[0]].unbind()
     grad_q, grad_k, grad_v = grad_qkv.unbind(1)
     grads = grad_q, grad_k, grad_v
     rope = rope.contiguous()

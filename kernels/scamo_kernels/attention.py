@@ -403,11 +403,17 @@ def _rotary_backward(
 
 def _fake_rotary_forward(qkv, rope, cu_seqlens, prefix_lengths, max_seqlen, scale, train, impl):
     tokens, _, heads, head_dim = qkv.shape
-    keep = _keeps_turned(qkv, max_seqlen, train, impl)
+    turned: tuple[int, ...] = (0,)
+    if _keeps_turned(qkv, max_seqlen, train, impl):
+        turned = 2, tokens, heads, head_dim
+        if impl == "triton":
+            from scamo_kernels import _attention_triton
+
+            turned = _attention_triton.turned_shape(qkv)
     return (
         qkv.new_empty((tokens, heads, head_dim)),
         qkv.new_empty((0,) if impl == "torch" else (heads, tokens), dtype=torch.float32),
-        qkv.new_empty((2, tokens, heads, head_dim) if keep else (0,)),
+        qkv.new_empty(turned),
     )
 
 
