@@ -19,13 +19,8 @@ LENGTHS = [1, 9, 4, 6, 4]
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    model = PrefixLM(CONFIG)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+def model(make_model):
+    return make_model(CONFIG)
 
 
 @pytest.fixture(scope="module")

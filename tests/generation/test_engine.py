@@ -13,7 +13,6 @@ from scamo.generation.decode import generate_tokens
 from scamo.generation.engine import Engine, Request
 from scamo.generation.inference import inference_twin
 from scamo.generation.sampling import Sampling, prompt_keys
-from scamo.models.prefix_lm import PrefixLM
 
 K, TEXT, MOST, N = 12, 6, 14, 20
 CONFIG = ModelConfig(
@@ -30,18 +29,9 @@ CONFIG = ModelConfig(
 SAMPLING = Sampling(0.9, top_p=0.95, min_p=0.01)
 
 
-def make_model(config=CONFIG):
-    torch.manual_seed(0)
-    model = PrefixLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
-def model():
-    return make_model()
+def model(make_model):
+    return make_model(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +154,7 @@ def test_bad_settings_are_named(model, options, message):
         Engine(model, SAMPLING, **{"slots": 1, "capacity": 20, **options})
 
 
-def test_guidance_needs_a_model_that_saw_no_text():
+def test_guidance_needs_a_model_that_saw_no_text(make_model):
     model = make_model(replace(CONFIG, null_text=False))
     with pytest.raises(ScaMoError, match=r"guidance = 2\.0: .*training\.drop_text above 0"):
         Engine(model, SAMPLING, slots=1, capacity=20, guidance=2.0)
@@ -181,8 +171,8 @@ def test_a_prompt_that_is_too_long_for_the_slots_is_refused(model):
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("rows", [1, 3, 5])
-def test_the_twin_computes_what_the_model_does(rows, dtype, atol):
-    model = make_model().to(dtype)
+def test_the_twin_computes_what_the_model_does(make_model, rows, dtype, atol):
+    model = make_model(CONFIG).to(dtype)
     twin = inference_twin(model)
     texts = [torch.randn(4, TEXT) for _ in range(rows)]
     (cache, expected), (own, got) = model.prefill(texts, 2), twin.prefill(texts, 2)
@@ -191,8 +181,8 @@ def test_the_twin_computes_what_the_model_does(rows, dtype, atol):
     torch.testing.assert_close(twin.decode(own, tokens), model.decode(cache, tokens), atol=atol, rtol=0)
 
 
-def test_the_twin_follows_the_weights(model):
-    model = make_model()
+def test_the_twin_follows_the_weights(make_model, model):
+    model = make_model(CONFIG)
     texts = [torch.randn(4, TEXT)]
     before = inference_twin(model)
     assert inference_twin(model) is before
@@ -201,7 +191,7 @@ def test_the_twin_follows_the_weights(model):
     torch.testing.assert_close(inference_twin(model).prefill(texts, 1)[1], model.prefill(texts, 1)[1])
 
 
-def test_heads_stored_wider_than_they_are_change_nothing(monkeypatch):
+def test_heads_stored_wider_than_they_are_change_nothing(make_model, monkeypatch):
     """As on a GPU, where a head of 100 stands in 104 columns."""
     config = replace(CONFIG, width=24)  # heads of 12
     texts = [torch.randn(n, TEXT) for n in (2, 5)]
@@ -220,7 +210,7 @@ def test_heads_stored_wider_than_they_are_change_nothing(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("slots", [1, 4, N])
-def test_a_cuda_graph_gives_the_tokens_of_eager_steps(requests, slots, guidance):
+def test_a_cuda_graph_gives_the_tokens_of_eager_steps(make_model, requests, slots, guidance):
     model = make_model(replace(CONFIG, width=64)).to("cuda")
     for sampling in (SAMPLING, Sampling(greedy=True), Sampling(top_k=5)):
         eager = together(model, requests, sampling, slots=slots, guidance=guidance, fixed=False)

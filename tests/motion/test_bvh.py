@@ -83,12 +83,6 @@ class File:
         return np.stack([found[name] for name in JOINT_NAMES], axis=1)
 
 
-def noisy(frames: int = 30) -> np.ndarray:
-    """A walk whose bones stretch by centimetres."""
-    joints = corpus_clip(0).joints[:frames].copy()
-    return joints + np.random.default_rng(0).normal(0, 0.01, joints.shape).astype(np.float32)
-
-
 def furthest(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b, axis=-1).max())
 
@@ -145,7 +139,7 @@ def test_the_hierarchy_is_a_t_pose_of_the_22_joints(tmp_path):
     )
 
 
-def test_scale_is_units_a_metre(tmp_path):
+def test_scale_is_units_a_metre(tmp_path, noisy):
     motion = Motion(noisy())
     for stretch in (False, True):
         motion.save(tmp_path / "m.bvh", stretch=stretch)
@@ -161,7 +155,7 @@ def test_scale_is_units_a_metre(tmp_path):
             load_bvh(tmp_path / "cm.bvh", scale=scale)
 
 
-def test_stretching_bones_need_position_channels(tmp_path):
+def test_stretching_bones_need_position_channels(tmp_path, noisy):
     motion = Motion(noisy())
     fit = fit_rotations(motion.joints)
     assert fit.error.max() > 0.01
@@ -213,7 +207,7 @@ def test_gimbal_lock_loses_no_rotation(tmp_path, pitch):
 
 
 @pytest.mark.parametrize("fps", [20.0, 12.5, 30.0, 60.0, 23.976])
-def test_it_comes_back(tmp_path, fps):
+def test_it_comes_back(tmp_path, fps, noisy):
     motion = Motion(noisy(8), fps=fps)
     motion.save(tmp_path / "m.BVH")
     back = Motion.load(tmp_path / "m.BVH")
@@ -222,25 +216,13 @@ def test_it_comes_back(tmp_path, fps):
     assert os.listdir(tmp_path) == ["m.BVH"]
 
 
-def test_one_frame(tmp_path):
+def test_one_frame(tmp_path, noisy):
     motion = Motion(noisy(1))
     motion.save(tmp_path / "m.bvh")
     written = File(tmp_path / "m.bvh")
     assert len(written.channels[1]) == 3, "one frame has constant bones"
     assert furthest(written.places(), motion.joints) < 1e-5
     assert len(Motion.load(tmp_path / "m.bvh")) == 1
-
-
-def test_what_cannot_be_written_leaves_nothing(tmp_path):
-    joints = noisy()
-    joints[3, 18] = joints[3, 16]
-    with pytest.raises(ScaMoError, match=r"frame 3, joint 18 \(left_elbow\): a bone of length 0 m"):
-        Motion(joints).save(tmp_path / "m.bvh")
-    with pytest.raises(ScaMoError, match=r"missing/m\.bvh: cannot write there"):
-        Motion(noisy()).save(tmp_path / "missing" / "m.bvh")
-    with pytest.raises(TypeError, match="colour"):
-        Motion(noisy()).save(tmp_path / "m.bvh", colour="red")
-    assert os.listdir(tmp_path) == []
 
 
 def swapped(old: str, new: str):

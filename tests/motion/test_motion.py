@@ -165,3 +165,16 @@ def test_csv_is_a_table_with_units(tmp_path):
 def test_every_suffix_writes_one_frame(tmp_path, suffix):
     Motion(walk(1), text="stands").save(tmp_path / f"m{suffix}")
     assert [p.name for p in tmp_path.iterdir() if p.stat().st_size > 0] == [f"m{suffix}"]
+
+
+@pytest.mark.parametrize("suffix", [".bvh", ".glb"])
+def test_what_has_no_rotations_leaves_no_file(tmp_path, noisy, suffix):
+    joints = noisy()
+    joints[3, 18] = joints[3, 16]
+    with pytest.raises(ScaMoError, match=r"frame 3, joint 18 \(left_elbow\): a bone of length 0 m"):
+        Motion(joints).save(tmp_path / f"m{suffix}")
+    with pytest.raises(ScaMoError, match=rf"missing/m\{suffix}: cannot write there"):
+        Motion(noisy()).save(tmp_path / "missing" / f"m{suffix}")
+    with pytest.raises(TypeError, match="colour"):
+        Motion(noisy()).save(tmp_path / f"m{suffix}", colour="red")
+    assert os.listdir(tmp_path) == []
