@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scamo.config import ModelConfig, RunConfig, TrainingConfig, to_dict
+from scamo.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, to_dict
 from scamo.data.batches import BatchPlan, PackedBatch, PackedLoader, Sample, collate, validation_batches
 from scamo.data.dataset import MotionDataset, TokenStore
 from scamo.data.storage import sha256_of
@@ -241,9 +241,11 @@ def _check_same_run(job: Job) -> list[str]:
             )
     notes = []
     now = to_dict(job.config)
+    # A key that the run did not know yet had, in effect, its default.
+    defaults = to_dict(RunConfig(DataConfig(dataset="any")))
     for section in ("model", "training"):
         for key, value in now[section].items():
-            before = stored[section].get(key)
+            before = stored[section].get(key, defaults[section][key])
             if before == value or (section == "training" and key in FREE_KEYS):
                 continue
             if (section, key) == ("training", "steps"):

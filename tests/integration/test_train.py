@@ -393,6 +393,20 @@ def test_an_existing_folder_is_not_overwritten_by_accident(folder, one_rank, cap
     assert (folder / "dataset/manifest.json").is_file()
 
 
+def test_a_run_from_before_a_key_existed_is_taken_to_have_its_default(folder, one_rank, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run = folder / "older"
+    shutil.copytree(one_rank[1], run)
+    config = json.loads((run / "config.json").read_text())
+    del config["training"]["drop_text"], config["model"]["null_text"], config["model"]["text"]
+    (run / "config.json").write_text(json.dumps(config))
+    common = ("--set", f"training.run={run}", "--resume", "--set")
+    assert call(folder, *common, "model.text=sentence") == 2
+    assert 'model.text = "sentence"' in capsys.readouterr().err
+    assert "after 40 steps" in train(folder, "older", 1, "--resume")
+
+
 @pytest.mark.parametrize(
     ("key", "words"),
     [
