@@ -184,8 +184,12 @@ def _run_converter(source: Path, target: Path, problems: list[str]) -> None:
 
 def _drop_shard(path: Path) -> None:
     """Leave of the global state of ZeRO-3 what is global: the first rank's shard is in the file too."""
-    # Written a moment ago, from a checkpoint that was verified; mapped, so that the shard stays on the disk.
-    state = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    # Mapped, so that the shard stays on the disk.
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if "fp32_flat_groups" in state:
         del state["fp32_flat_groups"]
         inner = state["optimizer_state_dict"]
