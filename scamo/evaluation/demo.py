@@ -11,7 +11,7 @@ import numpy as np
 from scamo.data.dataset import MotionDataset
 from scamo.errors import ScaMoError
 from scamo.evaluation.nearest import nearest_windows
-from scamo.evaluation.text_following import load_prompts
+from scamo.evaluation.text_following import Prompt, follows, load_prompts
 from scamo.generation.api import ScaMo
 from scamo.motion.render import grid_png, save_html
 
@@ -39,7 +39,8 @@ def demo(
         device: auto, cpu or cuda.
 
     Returns:
-        One dict per motion: text, frames, and, where training clips are at hand, the nearest one with its
+        One dict per motion: text, frames; for the held-out wordings `exact`, whether the measure of
+        text-following finds everything right; and, where training clips are at hand, the nearest one with its
         distance in mm and the same distance for the real motion of that sentence.
 
     Raises:
@@ -49,6 +50,7 @@ def demo(
         raise ScaMoError(f"count = {count}: expected at least one sentence")
     model = ScaMo.load(run, device=device)
     real: list[np.ndarray] = []
+    prompts: list[Prompt] = []
     if dataset is not None:
         source = MotionDataset.open(dataset)
         items = source.items(split)
@@ -58,14 +60,19 @@ def demo(
         texts = [source.caption(int(source.captions_of(int(item))[0])) for item in chosen]
         real = [np.asarray(source.item_features(int(item))) for item in chosen]
     else:
-        prompts = [prompt.text for prompt in load_prompts().prompts if prompt.group == "wording"]
-        texts = [prompts[i] for i in np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(int)]
+        wordings = [prompt for prompt in load_prompts().prompts if prompt.group == "wording"]
+        places = np.linspace(0, len(wordings) - 1, min(count, len(wordings))).astype(int)
+        prompts = [wordings[i] for i in places]
+        texts = [prompt.text for prompt in prompts]
     train_clips = _training_clips(run, dataset)
 
     motions = model.generate(texts, seed=seed, temperature=temperature)
     rows: list[dict[str, Any]] = [
         {"text": text, "frames": len(motion)} for text, motion in zip(texts, motions, strict=True)
     ]
+    if prompts:
+        for row, motion, prompt in zip(rows, motions, prompts, strict=True):
+            row["exact"] = follows(motion.joints, prompt.spec)
     if train_clips:
         made = [np.asarray(motion.features) for motion in motions]
         for row, near in zip(rows, nearest_windows(made, train_clips), strict=True):
@@ -79,8 +86,12 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     titles = []
     for row in rows:
-        note = f"  (nearest training window {row['nearest_mm']:.0f} mm)" if "nearest_mm" in row else ""
-        titles.append(row["text"] + note)
+        notes = []
+        if "exact" in row:
+            notes.append("exact" if row["exact"] else "not exact")
+        if "nearest_mm" in row:
+            notes.append(f"nearest training window {row['nearest_mm']:.0f} mm")
+        titles.append(row["text"] + (f"  ({'; '.join(notes)})" if notes else ""))
     save_html(motions, out / "motions.html", titles=titles)
     grid_png(list(zip(titles, motions, strict=True)), out / "motions.png")
     (out / "motions.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -105,8 +105,21 @@ def test_demo_names_the_nearest_training_window(way, tmp_path):
         assert row["nearest"].startswith("synthetic0_")
         assert row["nearest_mm"] > 0
         assert row["real_nearest_mm"] < 1e-2  # the real clip is in the split that is searched
+        assert "exact" not in row, "a dataset's captions have no labels to be right about"
     assert (tmp_path / "motions.html").stat().st_size > 10_000
     assert (tmp_path / "motions.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_demo_says_what_the_measure_says_of_held_out_wordings(way, tmp_path):
+    from scamo.evaluation.text_following import follows, load_prompts
+    from scamo.generation.api import ScaMo
+
+    assert cli.main(["demo", str(way / "run"), "-o", str(tmp_path), "--count", "3", "--seed", "5"]) == 0
+    rows = json.loads((tmp_path / "motions.json").read_text())
+    specs = {prompt.text: prompt.spec for prompt in load_prompts().prompts}
+    motions = ScaMo.load(way / "run").generate([row["text"] for row in rows], seed=5)
+    expected = [follows(m.joints, specs[row["text"]]) for m, row in zip(motions, rows, strict=True)]
+    assert [row["exact"] for row in rows] == expected
 
 
 def test_text_following_command(way, tmp_path, monkeypatch):
