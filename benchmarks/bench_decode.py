@@ -97,6 +97,10 @@ class Problem:
 
         return function
 
+    def reference(self) -> list[Tensor]:
+        rope = torch.view_as_real(self.table)
+        return [reference.decode_attention(self.qkv, self.cache_k, self.cache_v, self.lengths, rope)]
+
     def masked(self, compiled: bool) -> Callable[[], list[Tensor]]:
         place = self.lengths
         turn = torch.view_as_real(self.table[place])[:, None, None]
@@ -119,8 +123,12 @@ class Problem:
 
 def _measure(measure, case: Case, dtype: torch.dtype, device: str, impl: str, card, **keywords) -> None:
     problem = Problem(case, dtype, device)
-    masked = impl in ("masked-sdpa", "compiled")
-    function = problem.masked(impl == "compiled") if masked else problem.ours(impl)
+    if impl == "reference":
+        function = problem.reference
+    elif impl in ("masked-sdpa", "compiled"):
+        function = problem.masked(impl == "compiled")
+    else:
+        function = problem.ours(impl)
     # Each cached position is read, each row's q, k, v comes in, and k, v and the output go out.
     entry = 2 * case.heads * case.head_dim * dtype.itemsize
     moved = entry * (sum(case.lengths) + 3 * len(case.lengths))
@@ -138,7 +146,7 @@ def _measure(measure, case: Case, dtype: torch.dtype, device: str, impl: str, ca
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CPU_CASES, ids=str)
-@pytest.mark.parametrize("impl", ["torch", "masked-sdpa"])
+@pytest.mark.parametrize("impl", ["torch", "masked-sdpa", "reference"])
 def test_decode_attention_on_a_cpu(measure, impl, case, dtype):
     _measure(measure, case, dtype, "cpu", impl, None)
 
@@ -146,6 +154,6 @@ def test_decode_attention_on_a_cpu(measure, impl, case, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
-@pytest.mark.parametrize("impl", ["triton", "torch", "masked-sdpa", "compiled"])
+@pytest.mark.parametrize("impl", ["triton", "torch", "masked-sdpa", "compiled", "reference"])
 def test_decode_attention_on_a_gpu(measure, card, impl, case, graph):
     _measure(measure, case, torch.bfloat16, "cuda", impl, card, graph=graph)

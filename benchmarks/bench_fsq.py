@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import functools
 
+import floors
+import peers
 import pytest
 import scamo_kernels
 import torch
+from peers import WAYS, directed, moved_bytes
 from scamo_kernels import reference
 
 LEVELS = [8, 8, 8, 5, 5, 5]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# (device, dtype, replayed as a CUDA graph)
+FLOAT32_PLACES = [
+    pytest.param("cpu", torch.float32, False, id="cpu"),
+    *(
+        pytest.param("cuda", torch.float32, graph, marks=pytest.mark.gpu, id=f"cuda{'-graph' * graph}")
+        for graph in (False, True)
+    ),
+]
+PLACES = [
+    *FLOAT32_PLACES,
+    *(
+        pytest.param(
+            "cuda", torch.bfloat16, graph, marks=pytest.mark.gpu, id=f"cuda-bfloat16{'-graph' * graph}"
+        )
+        for graph in (False, True)
+    ),
+]
 
 
 def settled(z: torch.Tensor, levels: list[int], stages: int) -> torch.Tensor:
@@ -32,48 +51,44 @@ def quantizer(impl: str):
         torch._dynamo.reset()
         return torch.compile(lambda z: reference.fsq_quantize(z, LEVELS))
     if impl == "vector-quantize-pytorch":
-        package = pytest.importorskip("vector_quantize_pytorch")
-        module = package.FSQ(levels=LEVELS)
-
-        def quantize(z):
-            module.to(z.device)
-            codes = module.quantize(z)
-            return codes, module.codes_to_indices(codes)
-
-        return quantize
+        return peers.vq_fsq(LEVELS)
     return lambda z: scamo_kernels.fsq_quantize(z, LEVELS, impl=impl)
 
 
+def named(impl: str, graph: bool) -> str:
+    return f"{impl}, graph" if graph else impl
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tokens", [4096, 65536])
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "dtype", "graph"), PLACES)
 @pytest.mark.parametrize("impl", ["torch", "triton", "eager", "compiled", "vector-quantize-pytorch"])
-def test_fsq_quantize(measure, impl, device, tokens):
+def test_fsq_quantize(measure, card, impl, device, dtype, graph, tokens, way):
     if device == "cpu" and impl in ("triton", "compiled"):
         pytest.skip("on a CPU: the torch implementation, eager PyTorch and the peer")
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(tokens, len(LEVELS), generator=generator)
+    z = torch.randn(tokens, len(LEVELS), generator=generator).to(dtype)
     # Values that round either way in the last bit would compare luck.
-    bounded = reference.fsq_bound(z, LEVELS)
-    z = torch.where((bounded - bounded.floor() - 0.5).abs() > 1e-4, z, 0.0).to(device)
-    cotangent = torch.randn(z.shape, generator=generator).to(device)
-    z.requires_grad_()
-    quantize = quantizer(impl)
-
-    def function():
-        codes, indices = quantize(z)
-        return codes.detach(), indices, *torch.autograd.grad(codes, z, cotangent)
-
-    codes, indices = reference.fsq_quantize(z, LEVELS)
-    expected = codes.detach(), indices, *torch.autograd.grad(codes, z, cotangent)
+    bounded = reference.fsq_bound(z.float(), LEVELS)
+    z = torch.where((bounded - bounded.floor() - 0.5).abs() > 1e-4, z, 0.0).to(device).requires_grad_()
+    cotangent = torch.randn(z.shape, generator=generator).to(device, dtype)
+    function = directed(way, quantizer(impl), [z], [cotangent])
+    expected = directed(way, lambda z: reference.fsq_quantize(z, LEVELS), [z], [cotangent])()
     # Forward reads z and writes codes and indices; backward reads z and a gradient and writes one.
-    moved = tokens * (5 * len(LEVELS) * 4 + 4)
-    measure(f"fsq_quantize-N{tokens}-{device} forward+backward", impl, function, expected, z.dtype, moved)
+    channel = len(LEVELS) * dtype.itemsize
+    moved = tokens * moved_bytes(way, 2 * channel + 4, 3 * channel)
+    floor = None
+    if card is not None and device == "cuda":
+        floor = floors.fsq(tokens, len(LEVELS), card, way=way, itemsize=dtype.itemsize)
+    group = f"fsq_quantize-N{tokens}-{str(dtype).removeprefix('torch.')}-{device} {way}"
+    measure(group, named(impl, graph), function, expected, dtype, moved, floor=floor, graph=graph)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("form", ["grouped", "residual"])
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "dtype", "graph"), FLOAT32_PLACES)
 @pytest.mark.parametrize("impl", ["torch", "triton", "eager", "compiled"])
-def test_fsq_forms(measure, impl, device, form):
+def test_fsq_forms(measure, impl, device, dtype, graph, form, way):
     """Three groups, and three residual stages, of one list of levels."""
     if device == "cpu" and impl in ("triton", "compiled"):
         pytest.skip("on a CPU: the torch implementation and eager PyTorch")
@@ -98,28 +113,29 @@ def test_fsq_forms(measure, impl, device, form):
         quantize = functools.partial(getattr(scamo_kernels, f"fsq_quantize_{form}"), impl=impl)
 
     def call(function):
-        codes, indices = function(z, levels, count)
-        return codes.detach(), indices, *torch.autograd.grad(codes, z, cotangent)
+        return directed(way, lambda z: function(z, levels, count), [z], [cotangent])
 
-    moved = len(z) * (5 * width * 4 + 4 * count)
-    group = f"fsq_quantize_{form}-N{tokens}-x{count}-{device} forward+backward"
+    moved = len(z) * moved_bytes(way, 2 * width * 4 + 4 * count, 3 * width * 4)
+    group = f"fsq_quantize_{form}-N{tokens}-x{count}-{device} {way}"
     # The slope of a last stage sees the rounding of its residual (L - 1)^2 times.
     limit = 1e-5 if form == "grouped" else 1e-3
-    measure(group, impl, lambda: call(quantize), call(specification), z.dtype, moved, limit=limit)
+    expected = call(specification)()
+    measure(group, named(impl, graph), call(quantize), expected, z.dtype, moved, limit=limit, graph=graph)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("impl", ["torch", "triton", "eager"])
-def test_fsq_dequantize(measure, impl, device):
-    if device == "cpu" and impl == "triton":
+@pytest.mark.parametrize(("device", "dtype", "graph"), FLOAT32_PLACES)
+@pytest.mark.parametrize("impl", ["torch", "triton", "eager", "compiled"])
+def test_fsq_dequantize(measure, impl, device, dtype, graph):
+    if device == "cpu" and impl in ("triton", "compiled"):
         pytest.skip("on a CPU: the torch implementation and eager PyTorch")
     indices = torch.randint(0, 64000, (65536,), generator=torch.Generator().manual_seed(0)).int().to(device)
-    expected = (reference.fsq_dequantize(indices, LEVELS),)
-
-    def function():
-        if impl == "eager":
-            return (reference.fsq_dequantize(indices, LEVELS),)
-        return (scamo_kernels.fsq_dequantize(indices, LEVELS, impl=impl),)
-
+    dequantize = functools.partial(reference.fsq_dequantize, levels=LEVELS)
+    expected = (dequantize(indices),)
+    if impl == "compiled":
+        torch._dynamo.reset()
+        dequantize = torch.compile(dequantize)
+    elif impl != "eager":
+        dequantize = functools.partial(scamo_kernels.fsq_dequantize, levels=LEVELS, impl=impl)
     moved = indices.numel() * 4 * (1 + len(LEVELS))
-    measure(f"fsq_dequantize-N65536-{device}", impl, function, expected, torch.float32, moved)
+    group = f"fsq_dequantize-N65536-{device}"
+    measure(group, named(impl, graph), lambda: (dequantize(indices),), expected, dtype, moved, graph=graph)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import floors
+import peers
 import pytest
 import scamo_kernels
 import torch
 import torch.nn.functional as F
+from peers import WAYS, directed, moved_bytes
 from scamo_kernels import reference
 
 LEVELS = [8, 8, 8, 5, 5, 5]
@@ -69,8 +72,7 @@ def projector(impl: str, inputs: list[torch.Tensor]):
     if impl == "vector-quantize-pytorch":
         if inputs[0].dtype != torch.float32:
             pytest.skip("projects in the input's dtype: other codes than the float32 specification")
-        package = pytest.importorskip("vector_quantize_pytorch")
-        module = package.FSQ(levels=LEVELS, dim=WIDTH).to(inputs[0].device)
+        module = peers.vq_package().FSQ(levels=LEVELS, dim=WIDTH).to(inputs[0].device)
         names = ("project_in.weight", "project_in.bias", "project_out.weight", "project_out.bias")
 
         def project(hidden, *weights):
@@ -82,24 +84,29 @@ def projector(impl: str, inputs: list[torch.Tensor]):
     return lambda *arguments: scamo_kernels.fsq_project(*arguments, LEVELS, impl=impl)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("rows", "dtype", "device", "graph"), CASES)
 @pytest.mark.parametrize(
     "impl", ["torch", "triton", "unfused", "eager", "compiled", "vector-quantize-pytorch"]
 )
-def test_fsq_project(measure, impl, rows, dtype, device, graph):
+def test_fsq_project(measure, card, impl, rows, dtype, device, graph, way):
     if device == "cpu" and impl in ("triton", "compiled"):
         pytest.skip("on a CPU: the torch implementation, the three ops, eager PyTorch and the peer")
     inputs, cotangent = problem(rows, dtype, device)
-    project = projector(impl, inputs)
-
-    def call(function):
-        out, indices = function(*inputs)
-        return out.detach(), indices, *torch.autograd.grad(out, inputs, cotangent)
-
-    # Five passes over tensors of the hidden size; z and the indices; each weight twice read, once written.
+    function = directed(way, projector(impl, inputs), inputs, [cotangent])
+    expected = directed(way, eager, inputs, [cotangent])()
+    # Passes over tensors of the hidden size: two, and three; z and the indices; each weight twice read, once
+    # written.
     size, channels = dtype.itemsize, len(LEVELS)
-    weights = (2 * WIDTH + 1) * channels + WIDTH
-    moved = len(inputs[0]) * (5 * WIDTH * size + 8 * channels + 4) + 3 * weights * size
+    weights = ((2 * WIDTH + 1) * channels + WIDTH) * size
+    moved = moved_bytes(
+        way,
+        len(inputs[0]) * (2 * WIDTH * size + 4 * channels + 4) + weights,
+        len(inputs[0]) * (3 * WIDTH * size + 4 * channels) + 2 * weights,
+    )
+    floor = None
+    if card is not None and device == "cuda":
+        floor = floors.fsq(rows, channels, card, way=way, itemsize=size, hidden=WIDTH)
     kind = str(dtype).removeprefix("torch.")
-    group = f"fsq_project-N{rows}-W{WIDTH}-{kind}-{device}{' graph' * graph} forward+backward"
-    measure(group, impl, lambda: call(project), call(eager), dtype, moved, graph=graph)
+    group = f"fsq_project-N{rows}-W{WIDTH}-{kind}-{device}{' graph' * graph} {way}"
+    measure(group, impl, function, expected, dtype, moved, floor=floor, graph=graph)

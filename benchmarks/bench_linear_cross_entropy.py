@@ -1,14 +1,21 @@
-"""The chunked linear cross-entropy against F.linear + F.cross_entropy, torch's own fusion and Liger's."""
+"""The chunked linear cross-entropy against F.linear + F.cross_entropy, torch's own fusion and Liger's.
+
+Forward without gradients, and both together: ours and Liger's make the gradients beside the loss, so that a
+backward alone would time a multiplication.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import floors
+import peers
 import pytest
 import scamo_kernels
 import torch
 import torch.nn.functional as F
+from floors import BOTH, FORWARD
+from peers import directed, moved_bytes
 from torch import Tensor
 
 CPU_IMPLS = ["torch", "plain", "F.linear_cross_entropy", "F.linear_cross_entropy chunked"]
@@ -31,8 +38,7 @@ def loss(impl: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         torch._dynamo.reset()
         return torch.compile(plain)
     if impl == "liger":
-        functional = pytest.importorskip("liger_kernel.transformers.functional")
-        return lambda *tensors: functional.liger_fused_linear_cross_entropy(*tensors, reduction="sum")
+        return peers.liger_linear_cross_entropy()
     if impl.startswith("F.linear_cross_entropy"):
         if not hasattr(F, "linear_cross_entropy"):
             pytest.skip("torch has no F.linear_cross_entropy")
@@ -56,7 +62,7 @@ def exactly(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor]:
     return [total, grad_hidden, grad_weight]
 
 
-def run(measure, impl: str, device: str, shape: tuple[int, int, int], card, **keywords) -> None:
+def run(measure, impl: str, device: str, shape: tuple[int, int, int], way: str, card, **keywords) -> None:
     rows, width, classes = shape
     generator = torch.Generator().manual_seed(0)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -65,28 +71,28 @@ def run(measure, impl: str, device: str, shape: tuple[int, int, int], card, **ke
     weight.requires_grad_()
     targets = torch.randint(0, classes, (rows,), generator=generator).to(device)
     compute = loss(impl)
-
-    def function() -> list[Tensor]:
-        total = compute(hidden, weight, targets)
-        return [total.detach(), *torch.autograd.grad(total, (hidden, weight))]
-
-    # Inputs and gradients once; what bounds the time are the products, 6 S C V operations.
-    moved = 2 * (hidden.numel() + weight.numel()) * dtype.itemsize + 8 * rows
+    function = directed(way, lambda h, w: compute(h, w, targets), [hidden, weight], [None])
+    expected = exactly(hidden, weight, targets)[: 1 if way == FORWARD else None]
+    # Inputs and gradients once; what bounds the time are the products, 2 or 6 S C V operations.
+    read = (hidden.numel() + weight.numel()) * dtype.itemsize + 8 * rows
+    moved = moved_bytes(way, read, read - 8 * rows)
     if card is not None:
-        keywords["floor"] = floors.linear_cross_entropy(*shape, card, way=floors.BOTH)
-    group = f"linear_cross_entropy-S{rows}-C{width}-V{classes}-{device} {floors.BOTH}"
+        keywords["floor"] = floors.linear_cross_entropy(*shape, card, way=way)
+    group = f"linear_cross_entropy-S{rows}-C{width}-V{classes}-{device} {way}"
     label = f"{impl}, graph" if keywords.get("graph") else impl
-    measure(group, label, function, exactly(hidden, weight, targets), dtype, moved, **keywords)
+    measure(group, label, function, expected, dtype, moved, **keywords)
 
 
+@pytest.mark.parametrize("way", [FORWARD, BOTH])
 @pytest.mark.parametrize("impl", CPU_IMPLS)
-def test_linear_cross_entropy_on_a_cpu(measure, impl):
-    run(measure, impl, "cpu", (256, 64, 8193), None)
+def test_linear_cross_entropy_on_a_cpu(measure, impl, way):
+    run(measure, impl, "cpu", (256, 64, 8193), way, None)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("way", [FORWARD, BOTH])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 @pytest.mark.parametrize("impl", GPU_IMPLS)
-def test_linear_cross_entropy_on_a_gpu(measure, card, impl, shape, graph):
-    run(measure, impl, "cuda", shape, card, graph=graph)
+def test_linear_cross_entropy_on_a_gpu(measure, card, impl, shape, way, graph):
+    run(measure, impl, "cuda", shape, way, card, graph=graph)

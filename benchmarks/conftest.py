@@ -29,6 +29,7 @@ from torch import Tensor
 # The suite's modules import one another by name, here as in `python benchmarks/report.py`.
 sys.path.append(str(Path(__file__).parent))
 import floors
+import peers
 
 # Largest difference over largest expected entry: float32 rounding, else a few units of the last place.
 LIMITS = {torch.float32: 1e-5, torch.float16: 4 * 2**-10, torch.bfloat16: 4 * 2**-7}
@@ -233,6 +234,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=NO_CUDA))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A peer that cannot run is skipped with its reason."""
+    try:
+        yield
+    except peers.Unavailable as error:
+        pytest.skip(str(error))
 
 
 @pytest.hookimpl(hookwrapper=True)

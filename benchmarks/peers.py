@@ -109,6 +109,49 @@ class Problem:
         return (masks & real[:, None])[:, None]
 
 
+def directed(
+    way: str, op: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> Callable[[], list[Tensor]]:
+    """What is timed of an op: () -> its outputs, the gradients of `inputs`, or both, as `way` says.
+
+    op(*inputs) gives a tensor or several, the first len(grads) of them differentiable; `grads` are their
+    gradients, None of a scalar. Raises ValueError for an unknown way.
+    """
+
+    def outputs() -> list[Tensor]:
+        made = op(*inputs)
+        return list(made) if isinstance(made, list | tuple) else [made]
+
+    def gradients(made: list[Tensor], **options: bool) -> list[Tensor]:
+        return list(torch.autograd.grad(made[: len(grads)], inputs, grads, **options))
+
+    kept: list[list[Tensor]] = []
+
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            return outputs()
+
+    def backward() -> list[Tensor]:
+        # Here, not earlier: the first call decides the stream of the backward.
+        if not kept:
+            kept.append(outputs())
+        return gradients(kept[0], retain_graph=True)
+
+    def both() -> list[Tensor]:
+        made = outputs()
+        return [*(x.detach() for x in made), *gradients(made)]
+
+    functions = {FORWARD: forward, BACKWARD: backward, BOTH: both}
+    if way not in functions:
+        raise ValueError(f"way = {way!r}: expected one of {', '.join(map(repr, WAYS))}")
+    return functions[way]
+
+
+def moved_bytes(way: str, forward: int, backward: int) -> int:
+    """The least bytes of a way, of those of its parts."""
+    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[way]
+
+
 @dataclass
 class Peer:
     """forward() gives the output for `inputs`; `context` must be entered around every call."""
@@ -121,31 +164,7 @@ class Peer:
 
     def function(self, way: str) -> Callable[[], list[Tensor]]:
         """What is timed: () -> [output] | gradients | [output, *gradients], in the peer's layout."""
-        if way == FORWARD:
-
-            def forward() -> list[Tensor]:
-                with torch.no_grad():
-                    return [self.forward()]
-
-            return forward
-        if way == BACKWARD:
-            kept: list[Tensor] = []
-
-            def backward() -> list[Tensor]:
-                # Here, not earlier: the first call decides the stream of the backward.
-                if not kept:
-                    kept.append(self.forward())
-                return list(torch.autograd.grad(kept[0], self.inputs, self.cotangent, retain_graph=True))
-
-            return backward
-        if way == BOTH:
-
-            def both() -> list[Tensor]:
-                out = self.forward()
-                return [out.detach(), *torch.autograd.grad(out, self.inputs, self.cotangent)]
-
-            return both
-        raise ValueError(f"way = {way!r}: expected one of {', '.join(map(repr, WAYS))}")
+        return directed(way, lambda *_: self.forward(), self.inputs, [self.cotangent])
 
     def unpack(self, results: Sequence[Tensor]) -> list[Tensor]:
         return [self.to_rows(x) for x in results]
@@ -365,35 +384,49 @@ def _needs_cuda(what: str) -> Iterator[None]:
     yield
 
 
-def liger_rms_norm(epsilon: float = 1e-6) -> Callable[[Tensor, Tensor], Tensor]:
+def _liger(name: str) -> Any:
+    """Its functional interface, or its ops. Raises Unavailable."""
+    module = _module(f"liger_kernel.{name}", "liger-kernel")
+    with _needs_cuda("liger-kernel"):
+        return module
+
+
+def liger_rms_norm(epsilon: float) -> Callable[[Tensor, Tensor], Tensor]:
     """(x, weight) -> normed x; Liger-Kernel. Raises Unavailable."""
-    functional = _module("liger_kernel.transformers.functional", "liger-kernel")
-    with _needs_cuda("liger-kernel"):
-        # in_place=True would overwrite the gradient that the next call needs.
-        return lambda x, weight: functional.liger_rms_norm(x, weight, epsilon, in_place=False)
+    functional = _liger("transformers.functional")
+    # in_place=True would overwrite the gradient that the next call needs.
+    return lambda x, weight: functional.liger_rms_norm(x, weight, epsilon, in_place=False)
 
 
-def liger_swiglu() -> Callable[[Tensor, Tensor], Tensor]:
-    """(gate, up) -> silu(gate) * up; Liger-Kernel. Raises Unavailable.
+def liger_add_rms_norm(epsilon: float) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(x, residual, weight) -> normed sum, sum; Liger-Kernel. Raises Unavailable."""
+    functional = _liger("transformers.functional")
+    return lambda *tensors: functional.liger_fused_add_rms_norm(*tensors, epsilon, in_place=False)
 
-    Its backward overwrites gate and up where they are contiguous: time it on the halves of one tensor.
-    """
-    functional = _module("liger_kernel.transformers.functional", "liger-kernel")
-    with _needs_cuda("liger-kernel"):
-        return functional.liger_swiglu
+
+def liger_swiglu() -> Callable[[Tensor], Tensor]:
+    """gate | up -> silu(gate) * up; Liger-Kernel. Raises Unavailable."""
+    ops = _liger("ops")
+    if hasattr(ops, "LigerFusedGateUpSiLUMulFunction"):
+        return ops.LigerFusedGateUpSiLUMulFunction.apply
+    # Older releases copy both halves first.
+    return lambda gate_up: ops.LigerSiLUMulFunction.apply(*gate_up.chunk(2, -1))
 
 
 def liger_linear_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """(hidden, weight, targets) -> mean loss; Liger-Kernel. Raises Unavailable."""
-    functional = _module("liger_kernel.transformers.functional", "liger-kernel")
-    with _needs_cuda("liger-kernel"):
-        return functional.liger_fused_linear_cross_entropy
+    """(hidden, weight, targets) -> the sum of the losses; Liger-Kernel. Raises Unavailable."""
+    functional = _liger("transformers.functional")
+    return lambda *tensors: functional.liger_fused_linear_cross_entropy(*tensors, reduction="sum")
+
+
+def vq_package() -> Any:
+    """vector-quantize-pytorch. Raises Unavailable."""
+    return _module("vector_quantize_pytorch", "vector-quantize-pytorch")
 
 
 def vq_fsq(levels: Sequence[int]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """z (..., d) -> codes (..., d), indices (...); vector-quantize-pytorch. Raises Unavailable."""
-    package = _module("vector_quantize_pytorch", "vector-quantize-pytorch")
-    module = package.FSQ(levels=list(levels))
+    module = vq_package().FSQ(levels=list(levels))
 
     def quantize(z: Tensor) -> tuple[Tensor, Tensor]:
         module.to(z.device)

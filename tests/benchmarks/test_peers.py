@@ -122,7 +122,37 @@ def test_vector_quantize_pytorch_matches_the_reference():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Liger runs here")
-@pytest.mark.parametrize("peer", [peers.liger_rms_norm, peers.liger_swiglu, peers.liger_linear_cross_entropy])
-def test_liger_says_why_it_cannot_run(peer):
+@pytest.mark.parametrize(
+    ("peer", "arguments"),
+    [
+        (peers.liger_rms_norm, [1e-5]),
+        (peers.liger_add_rms_norm, [1e-5]),
+        (peers.liger_swiglu, []),
+        (peers.liger_linear_cross_entropy, []),
+    ],
+)
+def test_liger_says_why_it_cannot_run(peer, arguments):
     with pytest.raises(peers.Unavailable, match="liger-kernel (is not installed|needs a CUDA device)"):
-        peer()
+        peer(*arguments)
+
+
+def test_the_ways_of_an_op_that_has_more_than_one_output():
+    x = torch.arange(3.0).requires_grad_()
+    grads = [torch.ones(3)]
+
+    def op(x):
+        return x * x, torch.tensor([7])
+
+    forward, backward, both = (peers.directed(way, op, [x], grads) for way in WAYS)
+    square, slope = torch.tensor([0.0, 1.0, 4.0]), torch.tensor([0.0, 2.0, 4.0])
+    for function, expected in (
+        (forward, [square, torch.tensor([7])]),
+        (backward, [slope]),
+        (backward, [slope]),
+        (both, [square, torch.tensor([7]), slope]),
+    ):
+        results = function()
+        assert len(results) == len(expected)
+        assert all(map(torch.equal, results, expected))
+        assert not any(result.requires_grad for result in results)
+    assert [peers.moved_bytes(way, 3, 5) for way in WAYS] == [3, 5, 8]
