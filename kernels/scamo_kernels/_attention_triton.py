@@ -782,7 +782,7 @@ def keeps_turned(q: Tensor, max_seqlen: int) -> bool:
 
 
 def turned_shape(qkv: Tensor) -> tuple[int, ...]:
-    """Of the kept turned q and k: an even number of rows, so that k begins at 16 bytes whatever the tokens."""
+    """Of the kept turned q and k: an even number of rows, so that k begins at 16 bytes for any tokens."""
     tokens, _, heads, head_dim = qkv.shape
     return 2, tokens + tokens % 2, heads, head_dim
 
