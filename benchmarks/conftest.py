@@ -23,6 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from scamo.training.guards import limit_threads
+
+# As in training, and before torch is loaded.
+limit_threads()
 import torch
 from torch import Tensor
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from scamo.errors import ScaMoError
+from scamo.training import guards
 from scamo.training.guards import STOP_SIGNALS, StopFlag, World, limit_threads, report_error
 from scamo.training.logging import RunLog, read_log
 
@@ -71,16 +72,31 @@ def test_an_error_before_the_ranks_have_met_is_told_by_rank_0(capsys):
 
 def test_threads_are_the_cores_shared_by_the_ranks(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
-    for ranks, expected in (("4", "3"), ("64", "1"), ("", "12")):
-        monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.setattr(guards, "GPU_DEVICES", ["/no/such/device"])
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that what limit_threads sets is undone
+    for ranks, threads, policy in (("4", "3", "active"), ("64", "1", None), ("", "12", "active")):
         monkeypatch.delenv("OMP_NUM_THREADS")
-        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
         monkeypatch.setenv("LOCAL_SIZE", ranks)
         limit_threads()
-        assert os.environ["OMP_NUM_THREADS"] == expected
+        assert (os.environ["OMP_NUM_THREADS"], os.environ.get("OMP_WAIT_POLICY")) == (threads, policy)
+
+
+def test_threads_sleep_where_a_gpu_computes_and_where_the_user_chose(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     limit_threads()
     assert os.environ["OMP_NUM_THREADS"] == "7"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(guards, "GPU_DEVICES", [str(tmp_path)])
+    limit_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "12"
+    assert "OMP_WAIT_POLICY" not in os.environ
 
 
 def test_a_signal_only_raises_the_flag_and_the_first_one_counts():
