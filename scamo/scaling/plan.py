@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from scamo.config import ModelConfig, RunConfig, TrainingConfig, load_config
 from scamo.errors import ScaMoError
@@ -298,7 +299,19 @@ def _model_and_data(
     motion = min(MOTION_LENGTH, model.max_motion)
     notes.append(f"samples of {text} text and {motion} motion positions assumed: give --dataset")
     pairs = attended_pairs([text + motion], [text])
-    return model, Data(text, motion, pairs, model.max_positions - 1, motion_tokens)
+    data = Data(text, motion, pairs, model.max_positions - 1, motion_tokens)
+    return model, _drop_text(data, run.training.drop_text, [motion])
+
+
+def _drop_text(data: Data, probability: float, motion: ArrayLike) -> Data:
+    """The same samples, `probability` of which have one state in place of their text; motion: lengths."""
+    length = 1 + np.asarray(motion)
+    alone = attended_pairs(length, np.ones_like(length)) / len(length)
+    return dataclasses.replace(
+        data,
+        text=data.text + probability * (1 - data.text),
+        pairs=data.pairs + probability * (alone - data.pairs),
+    )
 
 
 def _tokenizer_codes(folder: Path) -> int:
@@ -331,13 +344,14 @@ def _from_dataset(run: RunConfig, folder: Path) -> tuple[ModelConfig, Data]:
     # A draw takes an item, then one of its captions.
     weight = np.repeat(1 / (counts * len(items)), counts)
     one = np.array([attended_pairs([n], [p]) for n, p in zip(length, prefix, strict=True)])
-    return model, Data(
+    data = Data(
         text=float(prefix @ weight),
         motion=float(motion.mean()),
         pairs=float(one @ weight),
         longest=int(length.max()),
         motion_tokens=int((motion + 1).sum()),
     )
+    return model, _drop_text(data, run.training.drop_text, motion)
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

@@ -41,13 +41,15 @@ def dataset(tmp_path_factory):
     return folder
 
 
-def test_samples_are_those_that_training_draws(dataset):
+@pytest.mark.parametrize("drop_text", [0.0, 0.4])
+def test_samples_are_those_that_training_draws(dataset, drop_text):
     """Over many epochs of the real batch plan; clips of more than 50 tokens are left out by both."""
     from scamo.data.dataset import MotionDataset
 
     opened = MotionDataset.open(dataset)
-    run = load_config(RunConfig, CONFIG, ["training.drop_token=0.0", "training.micro_batch_tokens=512"])
-    plan = plan_of(dataset=dataset, overrides=("training.micro_batch_tokens=512",))
+    overrides = ["training.micro_batch_tokens=512", f"training.drop_text={drop_text}"]
+    run = load_config(RunConfig, CONFIG, ["training.drop_token=0.0", *overrides])
+    plan = plan_of(dataset=dataset, overrides=tuple(overrides))
     assert (plan.model.codes, plan.model.text_width) == (CODES, TEXT_WIDTH)
     assert not any("--dataset" in note for note in plan.notes)
     drawn = BatchPlan.of(opened, "train", opened.tokens(), opened.text_states(), run.model, run.training)
@@ -55,6 +57,21 @@ def test_samples_are_those_that_training_draws(dataset):
     positions, scored = (sum(map(count, range(400))) for count in (drawn.positions, drawn.scored))
     assert (plan.data.motion + 1) / plan.data.length == pytest.approx(scored / positions, rel=0.02)
     assert plan.passes(scored) == pytest.approx(drawn.epochs(400), rel=0.02)
+
+
+def test_samples_that_lose_their_text_attend_to_less(dataset):
+    from scamo.data.dataset import MotionDataset
+
+    def with_drop(drop_text, **arguments):
+        return plan_of(overrides=("model.max_motion=30", f"training.drop_text={drop_text}"), **arguments).data
+
+    none, half, all_of_them = (with_drop(p, dataset=dataset) for p in (0.0, 0.5, 1.0))
+    assert with_drop(1.0).text == all_of_them.text == 1
+    assert half.pairs == pytest.approx((none.pairs + all_of_them.pairs) / 2)
+    lengths = MotionDataset.open(dataset).tokens().lengths
+    kept = lengths[lengths <= 30].astype(float)
+    # A row sees itself, the rows before it and the one state.
+    assert all_of_them.pairs == pytest.approx(1 + ((kept**2).mean() + 3 * kept.mean()) / 2)
 
 
 def test_the_codes_of_a_tokenizer_are_taken_where_there_is_no_dataset(tmp_path):
