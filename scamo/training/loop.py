@@ -426,6 +426,8 @@ class _Loop:
                 except _Stopped as stopped:
                     signum = stopped.args[0]
             if signum:
+                if ranks.rank == 0 and window.steps:
+                    self._log_step(done, loss, rate, window)
                 return 128 + signum, done
             if done % training.save_every == 0 and done < training.steps:
                 self._save(done)
