@@ -19,6 +19,17 @@ from scamo.data.text import TextEncoder
 from scamo.errors import ScaMoError
 from scamo.generation.engine import Engine, Request, check_guidance, collect
 from scamo.generation.export import check_codes, load_transformer, read_export, weights_file
+from scamo.generation.long import (
+    CONTEXT,
+    WINDOW,
+    Given,
+    Part,
+    Roll,
+    continued,
+    filled,
+    likelihood,
+    unroll,
+)
 from scamo.generation.sampling import Sampling, prompt_keys
 from scamo.generation.stream import FeatureStream, JointStream, context_tokens
 from scamo.models.layers import check_bf16
@@ -26,6 +37,7 @@ from scamo.models.prefix_lm import PrefixLM
 from scamo.motion.motion import Motion
 from scamo.tokenizers import load_tokenizer
 from scamo.tokenizers.autoencoder import MotionAutoencoder
+from scamo.tokenizers.encode import decode_tokens
 
 if TYPE_CHECKING:
     from scamo.evaluation.evaluator import Evaluator
@@ -154,7 +166,7 @@ class ScaMo:
             max_tokens, max_seconds: limits of the length, the tighter one counts; config.max_motion tokens
                 without them. Seconds are rounded down to whole tokens.
             seconds: the length, of all or one for each sentence, rounded to the nearest whole token; in place
-                of the limits.
+                of the limits. `timeline` makes motions of any length.
 
         Returns:
             A Motion with joints, features, tokens and text, or a list in the order of the sentences; with
@@ -200,6 +212,180 @@ class ScaMo:
             return groups[0] if isinstance(text, str) else groups
         chosen = [group[0] for group in groups] if judge is None else _best(groups, judge)
         return chosen[0] if isinstance(text, str) else chosen
+
+    @overload
+    def timeline(
+        self, parts: Sequence[str | tuple[str, float | None]], *, samples: None = None, **options: Any
+    ) -> Motion: ...
+    @overload
+    def timeline(
+        self, parts: Sequence[str | tuple[str, float | None]], *, samples: int, **options: Any
+    ) -> list[Motion]: ...
+
+    def timeline(  # type: ignore[misc]
+        self,
+        parts: Sequence[str | tuple[str, float | None]],
+        *,
+        start: Motion | str | Path | None = None,
+        seed: int = 0,
+        samples: int | None = None,
+        context: int | None = None,
+        window: int | None = None,
+        batch_size: int = 32,
+        **sampling: Any,
+    ) -> Motion | list[Motion]:
+        """Generate one motion that does what several sentences say, one after the other, of any length.
+
+        Each part goes on from the end of the one before: the model sees its sentence and `context` tokens, as
+        if they were the motion's first. A part of more than `window` tokens goes on in the same way from its
+        own last half window. All tokens are decoded in one row, so that nothing shows where they meet. The
+        same seed gives the same motion, with `samples` or without; a single part of a window or less, or
+        until EOS, is what `generate` gives.
+
+        Args:
+            parts: sentences with their seconds, [("a person walks forward", 4.0), ("a person sits", None)],
+                rounded to the nearest whole token; None, or a sentence alone: until EOS, at most
+                config.max_motion tokens. One part of 60 seconds is a long motion.
+            start: a motion that the first part goes on from, or its file: with features, of the model's frame
+                rate, one token long at least. It stays as it is where it stands; see `continue_motion`.
+            seed: of all parts.
+            samples: make so many, of other noise each; the first is the one without `samples`.
+            context: tokens of the past that a part sees, 1 without. More follows the past more closely, and
+                the sentence less.
+            window: tokens that the model sees at a time while a sentence of given seconds goes on, 2 to
+                config.max_motion, 16 without. A model brings its motion to an end where those that it was
+                trained on end: take less than these have.
+            batch_size: samples at a time.
+            sampling: temperature, top_k, top_p, min_p, greedy, guidance, as in `generate`.
+
+        Returns:
+            A Motion with joints, features and tokens, or a list of them; meta holds seed, with samples also
+            sample, and parts: text, first_frame and frames of each.
+
+        Raises:
+            ScaMoError: no part, a bad part (with its index), start or option.
+        """
+        limits, most = self._parts(parts), self.config.max_motion
+        chosen, guidance = self._sampling(**sampling)
+        context = self._tokens("context", context, CONTEXT, 1, most - 1)
+        window = self._tokens("window", window, WINDOW, 2, most)
+        if window <= context:
+            raise ScaMoError(f"context = {context}: expected less than the window, {window} tokens")
+        for name, value in (("samples", samples), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ScaMoError(f"{name} = {value}: expected a value above 0")
+        given, past = None, np.empty(0, np.int32)
+        if start is not None:
+            given = self._given("start", start)
+            past = given.last_tokens()
+        rolls = [Roll(limits, int(seed), number, past.tolist()) for number in range(samples or 1)]
+        with self._engine(chosen, min(batch_size, len(rolls)), guidance) as engine:
+            unroll(engine, rolls, self._states(), context, window)
+        motions = []
+        for roll in rolls:
+            if given is None:
+                tokens = np.array(roll.tokens, dtype=np.int32)
+                (features,) = decode_tokens(self.tokenizer, [tokens])
+                motion = Motion.from_features(features, fps=self.fps, tokens=tokens)
+            else:
+                motion = continued(given, roll.tokens, past.tolist(), self.fps)
+            frame, described = len(motion) - len(roll.tokens) * self.tokenizer.downsampling, []
+            for part, length in zip(limits, roll.lengths, strict=True):
+                frames = length * self.tokenizer.downsampling
+                described.append({"text": part.text, "first_frame": frame, "frames": frames})
+                frame += frames
+            texts = [given.motion.text] if given and given.motion.text else []
+            motion.text = ", then ".join(texts + [part.text for part in limits])
+            sample = {"sample": roll.number} if samples else {}
+            motion.meta = {"seed": int(seed), **sample, "parts": described}
+            motions.append(motion)
+        return motions if samples is not None else motions[0]
+
+    def continue_motion(
+        self, motion: Motion | str | Path, text: str, *, seconds: float | None = None, **options: Any
+    ) -> Motion | list[Motion]:
+        """Generate what follows a motion: `timeline` of one part with `start`.
+
+        The result holds the given motion and the new frames; meta["parts"][0]["first_frame"] is the first of
+        these. The given frames stay as they are, joints and features, and where they stand and face. The new
+        ones are decoded together with the tokens of the given; what decoding these lacks to the given pose
+        is added to the new frames and fades out within 0.4 seconds. tokens are those of the given motion's
+        last whole tokens and of the new frames.
+
+        Args:
+            motion: a Motion with features, or the file of one.
+            text: what happens next.
+            seconds: of the new frames; None until EOS.
+            options: seed to guidance, as in `timeline`.
+
+        Raises:
+            ScaMoError: as `timeline`.
+        """
+        return self.timeline([(text, seconds)], start=self._given("motion", motion).motion, **options)
+
+    def inbetween(
+        self,
+        motion: Motion | str | Path,
+        gap: tuple[int, int],
+        text: str,
+        *,
+        candidates: int = 8,
+        seed: int = 0,
+        context: int | None = None,
+        batch_size: int = 32,
+        **sampling: Any,
+    ) -> Motion:
+        """Replace the frames gap[0] <= frame < gap[1] of a motion by others that lead to what follows.
+
+        The model writes from left to right and does not see what follows. So `candidates` continuations of
+        the frames before the gap are sampled, each of the gap's tokens, and the one is taken behind which
+        the model, without guidance, finds the tokens after the gap likeliest (sampling and reranking; the
+        model was not trained to fill gaps). All other frames stay as they are. Inside the gap, the difference
+        to the given frames fades within 0.4 seconds of each end, and what heading and place lack at the end
+        is spread over the gap, so that the motion goes on where it stood: meta says how much that was. Much
+        of it shows as feet that slide: a gap that the sentence does not cross in its time.
+
+        Args:
+            motion: a Motion with features, or the file of one.
+            gap: first frame, and the first frame behind; with a token's frames on both sides at least.
+            text: what happens in the gap.
+            candidates: how many to choose from.
+            context: tokens that the model sees before the gap, and is asked about after it; 8 without.
+            seed, batch_size, sampling: as in `timeline`.
+
+        Returns:
+            The motion, without tokens. meta holds seed and gap: text, first_frame, frames, sample (which of
+            the candidates), log_likelihood (nats a token of what follows), turned (degrees) and moved (m).
+
+        Raises:
+            ScaMoError: a bad motion, gap, text or option.
+        """
+        given = self._given("motion", motion)
+        _sentences([text])
+        chosen, guidance = self._sampling(**sampling)
+        context = self._tokens("context", context, WINDOW // 2, 1, self.config.max_motion - 1)
+        for name, value in (("candidates", candidates), ("batch_size", batch_size)):
+            if value < 1:
+                raise ScaMoError(f"{name} = {value}: expected a value above 0")
+        before, after, count = given.around(gap)
+        part, states = Part(text, count, count), self._states()
+        rolls = [Roll([part], int(seed), number, before.tolist()) for number in range(candidates)]
+        with self._engine(chosen, min(batch_size, candidates), guidance) as engine:
+            unroll(engine, rolls, states, context, self.config.max_motion)
+        # Judged as far ahead as the model sees back.
+        ahead = after[:context].tolist()
+        seen = self.config.max_motion - len(ahead)
+        rows = [[*before[-context:].tolist(), *roll.tokens][-seen:] + ahead for roll in rolls]
+        scores = likelihood(self.model, states(text), rows, len(ahead))
+        best = int(scores.argmax())
+        result, turned, moved = filled(
+            given, gap, before.tolist(), [*before, *rolls[best].tokens, *after], self.fps
+        )
+        result.text = given.motion.text or text
+        described: dict[str, Any] = {"text": text, "first_frame": int(gap[0]), "frames": int(gap[1] - gap[0])}
+        described |= {"sample": best, "log_likelihood": float(scores[best]), "turned": turned, "moved": moved}
+        result.meta = {"seed": int(seed), "gap": described}
+        return result
 
     def stream(self, text: str, *, seed: int = 0, chunk: int = 4, **settings: Any) -> Iterator[Motion]:
         """Generate a motion for a sentence and yield it in pieces, while it is being generated.
@@ -260,19 +446,44 @@ class ScaMo:
 
     def _requests(self, prompts: Sequence[_Prompt]) -> Iterator[Request]:
         """What the engine takes; a text is encoded when its turn comes."""
+        states = self._states()
+        for prompt in prompts:
+            key = prompt_keys([prompt.seed], [prompt.text], [prompt.number])
+            yield Request(states(prompt.text), int(key), prompt.most, prompt.least)
+
+    def _states(self) -> Callable[[str], Tensor]:
+        """Of a text; the last ones are kept."""
 
         # One text at a time: padding would change its states by a rounding, and so perhaps its motion.
         @functools.lru_cache(maxsize=256)
         def states(text: str) -> Tensor:
             return torch.from_numpy(self.text_encoder.encode([text], batch_size=1)[0]).float()
 
-        for prompt in prompts:
-            key = prompt_keys([prompt.seed], [prompt.text], [prompt.number])
-            yield Request(states(prompt.text), int(key), prompt.most, prompt.least)
+        return states
 
-    def _settings(
+    def _given(self, name: str, motion: Motion | str | Path) -> Given:
+        loaded = motion if isinstance(motion, Motion) else Motion.load(motion)
+        return Given(loaded, self.tokenizer, self.fps, name)
+
+    def _parts(self, parts: Sequence[str | tuple[str, float | None]]) -> list[Part]:
+        if isinstance(parts, str) or not len(parts):
+            raise ScaMoError(f"parts = {parts!r}: expected a list of (text, seconds), at least one")
+        pairs = [(part, None) if isinstance(part, str) else part for part in parts]
+        found = []
+        for index, pair in enumerate(pairs):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise ScaMoError(f"part {index} is {pair!r}: expected a text or (text, seconds)")
+            text, seconds = pair
+            if not isinstance(text, str) or not text.strip():
+                raise ScaMoError(f"part {index}: text = {text!r}, expected a sentence")
+            least, most = 1, self.config.max_motion
+            if seconds is not None:
+                least = most = self._tokens_of(f"part {index}: seconds", seconds, _nearest, math.inf)
+            found.append(Part(text, least, most))
+        return found
+
+    def _sampling(
         self,
-        count: int,
         *,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -280,15 +491,29 @@ class ScaMo:
         min_p: float = 0.0,
         greedy: bool = False,
         guidance: float = 1.0,
+    ) -> tuple[Sampling, float]:
+        sampling = Sampling(temperature, top_k, top_p, greedy, min_p)
+        check_guidance(self.model, guidance)
+        return sampling, guidance
+
+    def _tokens(self, name: str, value: int | None, default: int, least: int, most: int) -> int:
+        if value is not None and not least <= value <= most:
+            raise ScaMoError(f"{name} = {value}: expected {least} to {most} tokens")
+        return min(default, most) if value is None else value
+
+    def _settings(
+        self,
+        count: int,
+        *,
         min_tokens: int | None = None,
         min_seconds: float | None = None,
         max_tokens: int | None = None,
         max_seconds: float | None = None,
         seconds: float | Sequence[float] | None = None,
+        **settings: Any,
     ) -> tuple[Sampling, float, list[tuple[int, int]]]:
         """Sampling, guidance and, for each of `count` prompts, its least and most tokens."""
-        sampling = Sampling(temperature, top_k, top_p, greedy, min_p)
-        check_guidance(self.model, guidance)
+        sampling, guidance = self._sampling(**settings)
         limits = (min_tokens, min_seconds, max_tokens, max_seconds)
         if seconds is not None:
             if limits != (None,) * 4:
@@ -296,7 +521,7 @@ class ScaMo:
             each = [seconds] * count if isinstance(seconds, int | float) else list(seconds)
             if len(each) != count:
                 raise ScaMoError(f"{len(each)} seconds for {count} prompts: expected one, or one for each")
-            lengths = [self._tokens_of("seconds", one, lambda n: math.floor(n + 0.5 + 1e-6)) for one in each]
+            lengths = [self._tokens_of("seconds", one, _nearest) for one in each]
             return sampling, guidance, [(length, length) for length in lengths]
         most = self.config.max_motion
         least = 1
@@ -313,13 +538,16 @@ class ScaMo:
             raise ScaMoError(f"the shortest length, {least} tokens, is above the longest, {most}")
         return sampling, guidance, [(least, most)] * count
 
-    def _tokens_of(self, name: str, seconds: float, rounded: Callable[[float], int]) -> int:
-        unit, most = self.seconds_per_token, self.config.max_motion
-        tokens = rounded(seconds / unit) if np.isfinite(seconds) else 0
+    def _tokens_of(
+        self, name: str, seconds: float, rounded: Callable[[float], int], most: float | None = None
+    ) -> int:
+        unit, most = self.seconds_per_token, most or self.config.max_motion
+        number = isinstance(seconds, int | float | np.number) and np.isfinite(seconds)
+        tokens = rounded(seconds / unit) if number else 0
         if not 1 <= tokens <= most:
-            raise ScaMoError(
-                f"{name} = {seconds}: expected {unit:g} (one token) to {most * unit:g}, the model's limit"
-            )
+            limit = f"to {most * unit:g}, the model's limit" if most < math.inf else "or more"
+            more = "; timeline makes longer motions" if tokens > most else ""
+            raise ScaMoError(f"{name} = {seconds}: expected {unit:g} (one token) {limit}{more}")
         return tokens
 
     def _judge(self, evaluator: str | Path | Evaluator) -> Evaluator:
@@ -371,6 +599,10 @@ def _sentences(texts: list[str]) -> list[str]:
             what = "is empty" if isinstance(sentence, str) else f"is not a text: {sentence!r}"
             raise ScaMoError(f"prompt {index} {what}")
     return texts
+
+
+def _nearest(tokens: float) -> int:
+    return math.floor(tokens + 0.5 + 1e-6)
 
 
 def _best(groups: list[list[Motion]], judge: Evaluator) -> list[Motion]:

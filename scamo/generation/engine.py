@@ -7,7 +7,7 @@ read into their slots while the others go on. What a prompt gives does not depen
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,12 +32,15 @@ class Request:
 
     EOS is forbidden before `min_tokens` tokens, so that no motion is empty (the released sampler returns code
     1 in that case), and the motion ends at `max_tokens`: where they are equal, it has just so many.
+    start: codes that stand between the text and what is generated, read together with the text. They are not
+    among the tokens that come back, nor do the limits count them.
     """
 
     text: Tensor
     key: int
     max_tokens: int
     min_tokens: int = 1
+    start: Sequence[int] = ()
 
 
 class Progress(NamedTuple):
@@ -140,18 +143,24 @@ class Engine:
         """Put a prompt into the queue; its ticket: 0, 1, ... in the order of the calls.
 
         Raises:
-            ScaMoError: an empty text, limits outside 1 <= min_tokens <= max_tokens <= config.max_motion, or a
-                prompt that is too long for the model or the slots.
+            ScaMoError: an empty text, limits outside 1 <= min_tokens <= max_tokens, start and max_tokens
+                together above config.max_motion, a code in start that is none, or a prompt that is too long
+                for the model or the slots.
         """
         ticket, low, high = self._next_ticket, request.min_tokens, request.max_tokens
-        if not 1 <= low <= high <= self.model.config.max_motion:
+        given, most = len(request.start), self.model.config.max_motion
+        if not 1 <= low <= high <= most - given:
+            behind = f", behind {given} tokens of start" if given else ""
             raise ScaMoError(
-                f"min_tokens = {low}, max_tokens = {high}: "
-                f"expected 1 <= min_tokens <= max_tokens <= {self.model.config.max_motion}"
+                f"min_tokens = {low}, max_tokens = {high}{behind}: "
+                f"expected 1 <= min_tokens <= max_tokens <= {most - given}"
             )
+        if given and not 0 <= min(request.start) <= max(request.start) < self._eos:
+            raise ScaMoError(f"start of text {ticket}: expected codes of 0 to {self._eos - 1}")
         if request.text.shape[0] < 1:
             raise ScaMoError(f"text {ticket} has no states: expected at least one")
-        positions = self.model.prefix(request.text).shape[0] + high - 1  # the last token is never fed back
+        # The last token is never fed back.
+        positions = self.model.prefix(request.text).shape[0] + given + high - 1
         self.model.check_length(positions)
         if positions > self._cache.capacity:
             raise ScaMoError(f"text {ticket}: {positions} positions, the slots have {self._cache.capacity}")
@@ -211,12 +220,14 @@ class Engine:
         new = [self._queue.popleft() for _ in range(min(len(free), len(self._queue)))]
         slots = free[: len(new)]
         prefixes: list[Tensor] = []
+        starts: list[Sequence[int]] = []
         rows: list[int] = []
         for slot, (ticket, request) in zip(slots, new, strict=True):
             self._seats[slot] = _Seat(ticket, request.max_tokens)
             prefixes.append(self.model.prefix(request.text))
             if self._ways == 2:
                 prefixes.append(self.model.prefix(self._null))
+            starts += [request.start] * self._ways
             rows += range(slot * self._ways, (slot + 1) * self._ways)
         index = torch.tensor(slots, device=self._all.device)
         columns = [[r.min_tokens, r.max_tokens, r.key] for _, r in new]
@@ -226,7 +237,7 @@ class Engine:
             state[index] = torch.tensor(values, device=index.device)
         self._counts[index] = 0
         self._alive[index] = True
-        self._choose(self.model.read_prefixes(self._cache, prefixes, rows), index)
+        self._choose(self.model.read_prefixes(self._cache, prefixes, rows, starts), index)
         return True
 
     def _advance(self, slots: Tensor) -> None:

@@ -70,17 +70,40 @@ class JointStream:
         self.place = np.zeros(3)
         self.last: NDArray[np.float64] | None = None
 
+    @classmethod
+    def after(cls, joints: NDArray[np.float32], features: NDArray[np.float32]) -> JointStream:
+        """Goes on where a body stands: joints (22, 3) and features (263,) of one frame.
+
+        Its heading and place are those that bring the features' pose nearest to the joints.
+        """
+        local = features_to_joints(features[None].astype(np.float64))[0]
+        centre, middle = joints.mean(0, dtype=np.float64), local.mean(0)
+        (x, _, z), (to_x, _, to_z) = (local - middle).T, (joints - centre).T
+        stream = cls()
+        stream.yaw = float(np.arctan2((z * to_x - x * to_z).sum(), (x * to_x + z * to_z).sum()))
+        stream.place = centre - stream._placed(middle)
+        stream.last = features[None].astype(np.float64)
+        return stream
+
+    @property
+    def here(self) -> NDArray[np.float64]:
+        """Joints (22, 3) of the last frame, as its features say."""
+        assert self.last is not None
+        return self._placed(features_to_joints(self.last)[0])
+
+    def _placed(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Points (..., 3) relative to the last frame's root and heading, in the world."""
+        cos, sin = np.cos(self.yaw), np.sin(self.yaw)
+        x, y, z = points[..., 0], points[..., 1], points[..., 2]
+        return np.stack((x * cos + z * sin, y, z * cos - x * sin), -1) + self.place
+
     def push(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         """The next features (T, 263), T >= 1 -> their joints (T, 22, 3)."""
         own = features.astype(np.float64)
         chain = own if self.last is None else np.concatenate((self.last, own))
         # Relative to the frame before, which stands at the origin there and faces +Z.
-        joints = features_to_joints(chain)[len(chain) - len(own) :]
-        cos, sin = np.cos(self.yaw), np.sin(self.yaw)
-        x, z = joints[..., 0].copy(), joints[..., 2].copy()
-        joints[..., 0], joints[..., 2] = x * cos + z * sin, z * cos - x * sin
-        joints += self.place
+        joints = self._placed(features_to_joints(chain)[len(chain) - len(own) :])
         self.yaw -= 2 * chain[:-1, ROOT.start].sum()
-        self.place = joints[-1, 0] * (1, 0, 1)
+        self.place = np.array([joints[-1, 0, 0], self.place[1], joints[-1, 0, 2]])
         self.last = own[-1:]
         return joints.astype(np.float32)

@@ -20,7 +20,7 @@ Parameters, and their names in the released checkpoints (under `ckpt["trans"]`):
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -223,25 +223,30 @@ class PrefixLM(nn.Module):
         return cache, logits
 
     @torch.no_grad()
-    def read_prefixes(self, cache: KVCache, prefixes: list[Tensor], rows: list[int]) -> Tensor:
+    def read_prefixes(
+        self, cache: KVCache, prefixes: list[Tensor], rows: list[int], starts: Sequence[Sequence[int]] = ()
+    ) -> Tensor:
         """Begin new sequences in some rows of a cache, whatever they hold, with `prefix` of a text each.
 
-        Returns the float32 logits (B, K + 1) of their first motion tokens.
+        starts: of each, the motion codes that follow it there already. Returns the float32 logits (B, K + 1)
+        of the tokens that come next.
         """
         device = self.embedding.weight.device
-        lengths = [prefix.shape[0] for prefix in prefixes]
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        prefix = torch.tensor(lengths)
-        sample = torch.repeat_interleave(torch.arange(len(prefixes)), prefix)
-        position = (torch.arange(starts[-1]) - torch.tensor(starts)[sample]).to(device)
-        row = torch.tensor(rows)[sample].to(device)
-        cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
-        prefix = prefix.to(device)
-        prefix_lengths = prefix.to(torch.int32)
+        text = torch.tensor([len(prefix) for prefix in prefixes])
+        lengths = text + torch.tensor([len(start) for start in starts or [()] * len(prefixes)])
+        ends = lengths.cumsum(0)
+        sample = torch.repeat_interleave(torch.arange(len(prefixes)), lengths)
+        position = torch.arange(len(sample)) - (ends - lengths)[sample]
+        is_text = position < text[sample]
+        row, position = torch.tensor(rows)[sample].to(device), position.to(device)
+        cu_seqlens = torch.cat((ends.new_zeros(1), ends)).to(device, torch.int32)
+        prefix_lengths = text.to(device, torch.int32)
 
         x = self.text_projection(torch.cat(prefixes).to(device, self.dtype))
+        codes = [code for start in starts for code in start]
+        if codes:
+            motion = self.embedding(torch.tensor(codes, device=device))
+            x = _Interleave.apply(x, motion, *(m.nonzero()[:, 0].to(device) for m in (is_text, ~is_text)))
         rope, branch = self._rope(device), None
         for block, layer in zip(self._blocks(), cache.states, strict=True):
             qkv, x = block.project(x, branch, 2 * rope.shape[1])
@@ -252,13 +257,13 @@ class PrefixLM(nn.Module):
                 rope,
                 cu_seqlens,
                 prefix_lengths,
-                max_seqlen=max(lengths),
+                max_seqlen=int(lengths.max()),
                 scale=block.scale,
                 impl=self.impl,
             )
             x, branch = block.finish(x, attended)
         normed, _ = self.norm(x, branch)
-        cache.lengths[torch.tensor(rows, device=device)] = prefix
+        cache.lengths[torch.tensor(rows, device=device)] = lengths.to(device)
         return self.head(normed[cu_seqlens[1:].long() - 1])
 
     @torch.no_grad()

@@ -1,9 +1,9 @@
 """Measures of motion on joints (..., T, J, 3), metres, Y up: how far from the truth, and how physical.
 
 numpy arrays and torch tensors of any device alike, computed in float64 where they lie. Leading dimensions are
-a batch of motions of equal length; every measure returns one number, the mean over all of them. Measures of
-change are 0 for motions with too few frames to change. Raises ScaMoError for another shape, no frames, or a
-value that is not finite (the frame is named).
+a batch of motions of equal length; every measure but `peaks` returns one number, the mean over all of them.
+Measures of change are 0 for motions with too few frames to change. Raises ScaMoError for another shape, no
+frames, or a value that is not finite (the frame is named).
 """
 
 from __future__ import annotations
@@ -74,6 +74,16 @@ def foot_penetration(joints: Any, floor: float | None = None) -> float:
 def jerk(joints: Any, fps: float) -> float:
     """Mean over joints and frames of the third derivative (third differences), m/s^3."""
     return fps**3 * _mean(_length(_differences(_checked(joints, "joints"), 3)))
+
+
+def peaks(joints: Any, fps: float, order: int) -> Any:
+    """How fast the fastest joint moves (order 1, m/s) or changes its velocity (2, m/s^2), frame by frame.
+
+    Of joints (..., T, J, 3) the (..., T - order) largest lengths of their differences. A seam between motions
+    shows as values that recorded motion does not have.
+    """
+    changes = _length(_differences(_checked(joints, "joints"), order))
+    return fps**order * _percentile(changes, 100)
 
 
 def bone_drift(joints: Any) -> float:

@@ -10,7 +10,7 @@ from scamo.config import ModelConfig
 from scamo.data.batches import Sample, collate, null_text
 from scamo.errors import ScaMoError
 from scamo.generation.decode import generate_tokens
-from scamo.generation.engine import Engine, Request
+from scamo.generation.engine import Engine, Request, collect
 from scamo.generation.inference import inference_twin
 from scamo.generation.sampling import Sampling, prompt_keys
 
@@ -115,6 +115,53 @@ def test_guided_tokens_are_the_argmax_of_both_packed_forwards(model, requests):
         )
         assert (null + 3 * (text - null)).argmax(-1).tolist() == motion
     assert motions != together(model, requests, Sampling(greedy=True))
+
+
+@pytest.fixture(scope="module")
+def started(requests):
+    """Every other request behind some codes."""
+    codes = np.random.default_rng(5).integers(0, K, (N, MOST))
+    return [
+        replace(request, start=row[: MOST - request.max_tokens].tolist() if index % 2 else ())
+        for index, (request, row) in enumerate(zip(requests, codes, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_tokens_behind_a_start_are_the_argmax_of_the_packed_forward(model, started, guidance):
+    engine = Engine(model, Sampling(greedy=True), slots=4, capacity=23, guidance=guidance)
+    for ticket, tokens in collect(engine.run(started)):
+        start = list(started[ticket].start)
+        text, null = (
+            model.logits(collate([Sample(states, np.array([*start, *tokens]))], K))[len(start) :, :].detach()
+            for states in (started[ticket].text.numpy(), null_text(TEXT))
+        )
+        logits = null + guidance * (text - null)
+        logits[: started[ticket].min_tokens, K] = -torch.inf
+        ended = len(tokens) < started[ticket].max_tokens
+        assert logits.argmax(-1).tolist()[: len(tokens) + ended] == [*tokens, *([K] if ended else [])]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_motion_behind_a_start_is_the_same_in_any_number_of_slots(model, started, fixed, guidance):
+    found = []
+    for slots in (1, 5):
+        engine = Engine(model, SAMPLING, slots=slots, capacity=23, guidance=guidance, fixed=fixed)
+        motions = dict(collect(engine.run(started)))
+        found.append([motions[ticket].tolist() for ticket in range(N)])
+    assert found[0] == found[1]
+
+
+def test_a_bad_start_is_named(model):
+    engine = Engine(model, SAMPLING, slots=1, capacity=23)
+    text = torch.zeros(3, TEXT)
+    for start in ([K], [0, -1]):
+        with pytest.raises(ScaMoError, match="start of text 0: expected codes of 0 to 11"):
+            engine.submit(Request(text, 0, 4, start=start))
+    message = r"max_tokens = 10, behind 5 tokens of start: expected 1 <= min_tokens <= max_tokens <= 9"
+    with pytest.raises(ScaMoError, match=message):
+        engine.submit(Request(text, 0, 10, start=[0] * 5))
 
 
 def test_requests_are_read_as_slots_become_free(model, requests):

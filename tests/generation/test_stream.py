@@ -72,3 +72,15 @@ def test_joints_in_pieces_are_the_joints_at_once(size):
     expected = features_to_joints(features)
     assert np.abs(expected[:, 0]).max() > 1
     np.testing.assert_allclose(np.concatenate(joints), expected, atol=1e-5)
+
+
+def test_joints_go_on_where_a_body_stands():
+    """A path that was turned and moved is recovered from one frame of it."""
+    features = np.random.default_rng(1).normal(0, 0.2, (40, 263)).astype(np.float32)
+    cos, sin = np.cos(2.5), np.sin(2.5)
+    turn = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
+    world = features_to_joints(features.astype(np.float64)) @ turn.T + (3, 0.5, -2)
+    stream = JointStream.after(world[10], features[10])
+    np.testing.assert_allclose(stream.here, world[10], atol=1e-6)
+    pieces = [stream.push(features[11:20]), stream.push(features[20:])]
+    np.testing.assert_allclose(np.concatenate(pieces), world[11:], atol=1e-5)

@@ -16,6 +16,7 @@ from scamo.motion.measures import (
     foot_skate,
     jerk,
     mpjpe,
+    peaks,
     physics,
     root_error,
     velocity_error,
@@ -212,6 +213,19 @@ def test_physics_names_its_measures():
         "foot_penetration_mm": foot_penetration(joints),
     }
     assert physics(joints) == physics(joints, 20)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor], ids=["numpy", "torch"])
+def test_peaks_show_where_a_joint_jumps(kind):
+    joints = np.zeros((2, 9, 22, 3))
+    joints[0, :, 4, 0] = 0.05 * np.arange(9)  # 1 m/s
+    joints[1, 5:, 20, 2] = -0.1
+    speed, change = (peaks(kind(joints), 20, order) for order in (1, 2))
+    np.testing.assert_allclose(speed[0], [1] * 8)
+    np.testing.assert_allclose(speed[1], [0, 0, 0, 0, 2, 0, 0, 0])
+    np.testing.assert_allclose(change[0], [0] * 7, atol=1e-12)
+    np.testing.assert_allclose(change[1], [0, 0, 0, 40, 40, 0, 0])
+    assert peaks(kind(joints[:, :2]), 20, 2).shape == (2, 0)
 
 
 def test_other_bodies_have_errors_but_no_feet():
