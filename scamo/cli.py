@@ -6,12 +6,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from scamo.errors import ScaMoError
+
+if TYPE_CHECKING:
+    from scamo.motion.motion import Motion
 
 Out = Annotated[Path, arg(aliases=["-o"])]
 
@@ -251,10 +254,16 @@ def plan(
 @app.command
 def generate(
     text: Positional[tuple[str, ...]],
-    out: Out = Path("motion.html"),
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None,
     *,
     run: Path = Path("runs/quickstart/run"),
+    prompts: str | None = None,
+    format: str | None = None,
     seed: int = 0,
+    seeds: tuple[int, ...] = (),
+    samples: int | None = None,
+    best_of: int | None = None,
+    evaluator: Path | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -262,18 +271,38 @@ def generate(
     greedy: bool = False,
     guidance: float = 1.0,
     seconds: float | None = None,
+    min_seconds: float | None = None,
     max_seconds: float | None = None,
+    min_tokens: int | None = None,
+    max_tokens: int | None = None,
     foot_lock: bool = False,
     smooth: float | None = None,
+    batch_size: int = 32,
     device: str = "auto",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    text_encoder: str | None = None,
+    ema: bool | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Generate motion from one or more sentences.
+    """Generate motion from one or more sentences, or from a file of them.
+
+    With --prompts or --format OUT is a folder: a file for each motion and format, manifest.json (model,
+    hashes, settings, versions) and motions.jsonl (a line for each motion: sentence, seed, files, SHA-256).
+    After a stop of any kind the same command goes on; the folder ends up the same to the byte.
 
     Args:
         text: the sentences. With several, all go into one .html or .png, else into OUT-0, OUT-1, ...
-        out: where to write; the suffix says what: .npz, .npy, .csv, .bvh, .glb, .gif, .mp4, .png or .html.
+        out: where to write, motion.html without it; the suffix says what: .npz, .npy, .csv, .bvh, .glb, .gif,
+            .mp4, .png or .html.
         run: a training run or an exported model.
+        prompts: a .txt with a sentence a line, or .jsonl or .csv with text and where wanted seed, seconds and
+            name; - reads sentences from stdin.
+        format: what to write into the folder, as npz,bvh; npz without it.
         seed: the same seed and sentence give the same motion, alone or among others.
+        seeds: one for each sentence.
+        samples: motions of each sentence.
+        best_of: make so many motions of each sentence, keep the one that the evaluator finds nearest to it.
+        evaluator: an evaluator folder, for --best-of.
         temperature: of the sampling; below 1 is more careful.
         top_k: sample among the k likeliest tokens only; 0 means all.
         top_p: sample among the likeliest tokens that have this much probability together.
@@ -281,34 +310,139 @@ def generate(
         greedy: take the likeliest token every time.
         guidance: above 1, classifier-free guidance; for models trained with training.drop_text.
         seconds: length of the motion, to the nearest token.
+        min_seconds: the motion does not end before.
         max_seconds: length limit; 10 s at most for the released sizes.
+        min_tokens: the same in tokens.
+        max_tokens: the same in tokens.
         foot_lock: pin the feet while they stand.
         smooth: low-pass filter of this many Hz.
+        batch_size: motions at a time.
         device: auto, cpu or cuda.
+        dtype: of the transformer; bfloat16 takes half the memory.
+        text_encoder: name or folder of the encoder, where it is not the one of the training.
+        ema: True for the moving average of the weights, False for the last ones; by default the average
+            where there is one.
+        overwrite: begin the folder again.
     """
-    from scamo.generation.api import ScaMo
-    from scamo.motion.motion import check_suffix, save_motions
+    from scamo.generation.jobs import generate_folder, prompts_of, read_prompts
+    from scamo.motion.motion import SUFFIXES, check_suffix, save_motions
 
+    sampling: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "greedy": greedy,
+        "guidance": guidance,
+        "seconds": seconds,
+        "min_seconds": min_seconds,
+        "max_seconds": max_seconds,
+        "min_tokens": min_tokens,
+        "max_tokens": max_tokens,
+    }
+    if prompts is not None and (text or seeds):
+        raise ScaMoError("--prompts has the sentences and seeds: give none beside it")
+    if prompts is None and not text:
+        raise ScaMoError("no sentence to generate from: give one or more, in quotes, or --prompts FILE")
+    sentences = prompts_of(text, seeds) if prompts is None else read_prompts(prompts)
+    if prompts is not None or format is not None:
+        if out is None or out.suffix in SUFFIXES:
+            raise ScaMoError(f"--out is {out or 'missing'}: with --prompts or --format it is a folder")
+        generate_folder(
+            run,
+            sentences,
+            out,
+            formats=format or "npz",
+            seed=seed,
+            samples=samples,
+            best_of=best_of,
+            evaluator=evaluator,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            text_encoder=text_encoder,
+            ema=ema,
+            foot_lock=foot_lock,
+            smooth=smooth,
+            overwrite=overwrite,
+            **sampling,
+        )
+        print(out)
+        return
+    from scamo.generation.api import ScaMo
+
+    out = out or Path("motion.html")
     check_suffix(out)
-    if not text:
-        raise ScaMoError("no sentence to generate from: give one or more, in quotes")
-    model = ScaMo.load(run, device=device)
-    motions = model.generate(
-        list(text),
-        seed=seed,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        greedy=greedy,
-        guidance=guidance,
-        seconds=seconds,
-        max_seconds=max_seconds,
+    if not out.parent.is_dir():
+        raise ScaMoError(f"{out.parent}: no such folder")
+    model = ScaMo.load(run, device=device, dtype=dtype, text_encoder=text_encoder, ema=ema)
+    made: list[Any] = model.generate(
+        [sentence.text for sentence in sentences],
+        seed=seeds or seed,
+        samples=samples,
+        best_of=best_of,
+        evaluator=evaluator,
+        batch_size=batch_size,
+        **sampling,
     )
+    motions: list[Motion] = made if samples is None else [motion for group in made for motion in group]
     if foot_lock or smooth is not None:
         motions = [motion.cleaned(foot_lock=foot_lock, smooth=smooth) for motion in motions]
     for path in save_motions(motions, out):
         print(path)
+
+
+@app.command
+def export(
+    run: Positional[Path],
+    out: Positional[Path],
+    *,
+    name: str = "",
+    description: str = "",
+    license: str = "",
+    data_license: str = "",
+    datasets: tuple[str, ...] = (),
+    reports: tuple[Path, ...] = (),
+    text_encoder: str = "",
+    ema: bool | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model as one folder to give away, as a hub takes it: weights, tokenizer, hashes, model card.
+
+    The card has what the run's folder knows: sizes, data, settings, the tables in RUN/evaluation.
+
+    Args:
+        run: a training run, or an exported or imported model.
+        out: the folder to write.
+        name: of the model; the folder's without it.
+        description: a sentence or more for the card.
+        license: of the weights, by the hub's identifier (cc-by-nc-4.0, ...) or in words.
+        data_license: of the training data, in words.
+        datasets: the hub's names of the training data.
+        reports: further .json reports of `scamo evaluate` for the card.
+        text_encoder: what others load it by, where it is a folder of this machine.
+        ema: True for the moving average of the weights, False for the last ones; by default the average
+            where there is one.
+        overwrite: replace an earlier one.
+    """
+    from scamo.generation.export import publish
+
+    warnings = publish(
+        run,
+        out,
+        name=name,
+        description=description,
+        license=license,
+        data_license=data_license,
+        datasets=datasets,
+        reports=reports,
+        text_encoder=text_encoder,
+        ema=ema,
+        overwrite=overwrite,
+    )
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(out)
 
 
 @app.command
@@ -728,6 +862,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return 0
+    except KeyboardInterrupt:
+        print("scamo: stopped", file=sys.stderr)
+        return 130
     return 0
 
 
