@@ -20,6 +20,7 @@ INSTALL = [
     "sentencepiece>=0.2",
     "tyro>=1.0.17",
     "tqdm>=4.66",
+    "pyyaml>=6",
     "matplotlib>=3.8",
     "imageio>=2.34",
     "imageio-ffmpeg>=0.5",

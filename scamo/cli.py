@@ -393,6 +393,131 @@ def generate(
 
 
 @app.command
+def timeline(
+    text: Positional[tuple[str, ...]],
+    out: Out = Path("motion.html"),
+    *,
+    run: Path = Path("runs/quickstart/run"),
+    seconds: tuple[float, ...] = (),
+    start: Path | None = None,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    greedy: bool = False,
+    guidance: float = 1.0,
+    context: int | None = None,
+    window: int | None = None,
+    foot_lock: bool = False,
+    smooth: float | None = None,
+    device: str = "auto",
+) -> None:
+    """Generate one motion that does what several sentences say, one after the other, of any length.
+
+    With --start it goes on from a given motion, which stays as it is.
+
+    Args:
+        text: the sentences, in order; one of them with --seconds 60 is a long motion.
+        out: where to write; the suffix says what, as in `scamo generate`.
+        run: a training run or an exported model.
+        seconds: of each sentence, or one number for all; until the model ends each of them without it.
+        start: a motion to go on from, with features (.npz as `scamo generate` writes it).
+        seed: the same seed gives the same motion.
+        temperature: of the sampling; below 1 is more careful.
+        top_k: sample among the k likeliest tokens only; 0 means all.
+        top_p: sample among the likeliest tokens that have this much probability together.
+        min_p: sample among the tokens that are at least this much as likely as the likeliest.
+        greedy: take the likeliest token every time.
+        guidance: above 1, classifier-free guidance; for models trained with training.drop_text.
+        context: tokens of the past that a sentence begins with; 1 without.
+        window: tokens that the model sees at a time while a sentence of given seconds goes on; 16 without.
+        foot_lock: pin the feet while they stand.
+        smooth: low-pass filter of this many Hz.
+        device: auto, cpu or cuda.
+    """
+    from scamo.generation.api import ScaMo
+    from scamo.motion.motion import check_suffix, save_motions
+
+    check_suffix(out)
+    if not text:
+        raise ScaMoError("no sentence to generate from: give one or more, in quotes")
+    if len(seconds) not in (0, 1, len(text)):
+        raise ScaMoError(f"--seconds: {len(seconds)} values for {len(text)} sentences, expected one, or each")
+    lengths: list[float | None] = [
+        *(seconds if len(seconds) == len(text) else (seconds or (None,)) * len(text))
+    ]
+    motion = ScaMo.load(run, device=device).timeline(
+        list(zip(text, lengths, strict=True)),
+        start=start,
+        seed=seed,
+        context=context,
+        window=window,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        greedy=greedy,
+        guidance=guidance,
+    )
+    if foot_lock or smooth is not None:
+        motion = motion.cleaned(foot_lock=foot_lock, smooth=smooth)
+    for path in save_motions([motion], out):
+        print(path)
+
+
+@app.command
+def inbetween(
+    motion: Positional[Path],
+    text: Positional[str],
+    out: Out = Path("motion.html"),
+    *,
+    frames: tuple[int, int],
+    run: Path = Path("runs/quickstart/run"),
+    candidates: int = 8,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    context: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Replace some frames of a motion by generated ones that lead to what follows; the others stay.
+
+    Args:
+        motion: a motion with features (.npz as `scamo generate` writes it).
+        text: what happens in the gap.
+        out: where to write; the suffix says what, as in `scamo generate`.
+        frames: the first frame of the gap, and the first one behind it.
+        run: a training run or an exported model.
+        candidates: how many to choose from; the likeliest before what follows is taken.
+        seed: the same seed gives the same motion.
+        temperature: of the sampling; below 1 is more careful.
+        top_p: sample among the likeliest tokens that have this much probability together.
+        context: tokens that the model sees before the gap, and is asked about after it; 8 without.
+        device: auto, cpu or cuda.
+    """
+    from scamo.generation.api import ScaMo
+    from scamo.motion.motion import check_suffix, save_motions
+
+    check_suffix(out)
+    made = ScaMo.load(run, device=device).inbetween(
+        motion,
+        frames,
+        text,
+        candidates=candidates,
+        seed=seed,
+        context=context,
+        temperature=temperature,
+        top_p=top_p,
+    )
+    gap = made.meta["gap"]
+    for path in save_motions([made], out):
+        print(path)
+    turned, moved = gap["turned"], gap["moved"]
+    print(f"spread over the gap so that the rest stands where it stood: {turned:.0f} degrees, {moved:.2f} m")
+
+
+@app.command
 def export(
     run: Positional[Path],
     out: Positional[Path],

@@ -24,6 +24,8 @@ def test_help_imports_nothing_heavy():
         "encode-text",
         "tokenizer",
         "generate",
+        "timeline",
+        "inbetween",
         "export",
         "evaluate",
         "compare",

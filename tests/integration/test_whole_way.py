@@ -77,6 +77,29 @@ def test_generate_command(way, capsys):
     assert stored.joints.shape[1:] == (22, 3)
 
 
+def test_timeline_and_inbetween_commands(way, tmp_path, capsys):
+    run = ["--run", str(way / "run"), "--seed", "3"]
+    line, longer, filled = (str(tmp_path / name) for name in ("line.npz", "longer.npz", "filled.npz"))
+    sentences = ["a person walks forward", "a person jumps"]
+    assert cli.main(["timeline", *sentences, "--seconds", "12", "1", *run, "-o", line]) == 0
+    made = Motion.load(line)
+    assert [part["frames"] for part in made.meta["parts"]] == [240, 20]
+    expected = ScaMo.load(way / "run").timeline(list(zip(sentences, (12.0, 1.0), strict=True)), seed=3)
+    np.testing.assert_array_equal(made.joints, expected.joints)
+
+    assert cli.main(["timeline", sentences[0], "--seconds", "1", "--start", line, *run, "-o", longer]) == 0
+    np.testing.assert_array_equal(Motion.load(longer).joints[:260], made.joints)
+    assert len(Motion.load(longer)) == 280
+
+    gap = ["--frames", "100", "140"]
+    assert cli.main(["inbetween", line, sentences[0], *gap, *run, "-o", filled]) == 0
+    assert "spread over the gap" in capsys.readouterr().out
+    outside = np.r_[0:100, 140:260]
+    np.testing.assert_array_equal(Motion.load(filled).joints[outside], made.joints[outside])
+    assert cli.main(["timeline", *sentences, "--seconds", "1", "2", "3", *run, "-o", line]) == 2
+    assert "--seconds: 3 values for 2 sentences" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
