@@ -34,7 +34,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from scamo.data import storage
 from scamo.errors import ScaMoError
-from scamo.motion.features import FEATURE_DIM, FEATURE_GROUPS
+from scamo.motion.features import FEATURE_DIM
+from scamo.motion.representation import Representation
 
 FORMAT = "scamo-motion-dataset"
 TOKENS_FORMAT = "scamo-motion-tokens"
@@ -88,16 +89,9 @@ class Moments:
 
 
 def grouped_std(std: NDArray[np.float64]) -> NDArray[np.float64]:
-    """HumanML3D's averaging of 263 standard deviations inside 7 groups; other widths stay per feature.
-
-    A feature that hardly moves thus cannot explode when it is normalised.
-    """
-    if std.shape[0] != FEATURE_DIM:
-        return std
-    grouped = np.empty_like(std)
-    for group in FEATURE_GROUPS.values():
-        grouped[group] = std[group].mean()
-    return grouped
+    """The standard deviations averaged inside their representation's groups; other widths stay as given."""
+    representation = Representation.find(len(std))
+    return std if representation is None else representation.grouped_std(std)
 
 
 class DatasetWriter:

@@ -245,11 +245,10 @@ def map_array(folder: Path, name: str, manifest: dict[str, Any]) -> NDArray:
         raise ScaMoError(f"{folder / 'manifest.json'}: does not list {name}")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged bytes make NumPy raise nearly anything, tokenize.TokenError too
         size = path.stat().st_size if path.is_file() else 0
-        raise ScaMoError(
-            f"{path}: unreadable ({size} bytes, expected {record['bytes']}): {str(error).splitlines()[0]}"
-        ) from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ScaMoError(f"{path}: unreadable ({size} bytes, expected {record['bytes']}): {reason}") from None
     if array.dtype.str != record["dtype"] or list(array.shape) != record["shape"]:
         raise ScaMoError(
             f"{path}: {array.dtype.str} {list(array.shape)}, expected {record['dtype']} {record['shape']}"

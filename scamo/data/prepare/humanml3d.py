@@ -32,7 +32,7 @@ SAME_BONE_M = 1e-4
 PROBED_CLIPS = 8
 
 
-class _Refusal(Exception):
+class Refusal(Exception):
     """Why a clip is left out."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -79,7 +79,7 @@ def prepare_humanml3d(
     names = _names(source)
     offsets, skeleton = None, "kept"
     if target_offsets is not None:
-        offsets, skeleton = _read_offsets(Path(target_offsets)), "given"
+        offsets, skeleton = read_offsets(Path(target_offsets)), "given"
     elif _has_joints(source):
         offsets = _common_skeleton(source, names)
         skeleton = skeleton if offsets is None else "that of the stored vectors"
@@ -96,9 +96,9 @@ def prepare_humanml3d(
     ) as writer:
         for split, name in tqdm(names, desc="prepare humanml3d", unit="clip", disable=not progress):
             try:
-                captions = _captions(source, name, split, writer)
+                captions = read_captions(source, name, split, writer)
                 features, origin = _features(source, name, offsets, mirror)
-            except _Refusal as refusal:
+            except Refusal as refusal:
                 writer.refuse(name, refusal.reason, split=split, detail=refusal.detail)
             else:
                 writer.add_clip(name, features, split, captions, {"from": origin})
@@ -125,7 +125,7 @@ def _names(source: Path) -> list[tuple[str, str]]:
                     f"{path}: no such file; expected the names of the training clips, one a line"
                 )
             continue
-        names += [(split, line.strip()) for line in _read_text(path).splitlines() if line.strip()]
+        names += [(split, line.strip()) for line in read_text(path).splitlines() if line.strip()]
     for split, name in names:
         if "/" in name or "\\" in name or name.startswith("."):
             raise ScaMoError(f"{source / split}.txt: {name!r} is not a plain name")
@@ -138,14 +138,16 @@ def _has_joints(source: Path) -> bool:
     return any((source / folder).is_dir() for folder in JOINTS)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 file; ScaMoError that names the byte which is none."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ScaMoError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def _read_offsets(path: Path) -> NDArray[np.float64]:
+def read_offsets(path: Path) -> NDArray[np.float64]:
+    """A skeleton (22, 3) in metres; ScaMoError for any other file."""
     try:
         offsets = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -163,8 +165,8 @@ def _common_skeleton(source: Path, names: list[tuple[str, str]]) -> NDArray[np.f
     for _, name in names:
         path = source / VECTORS / f"{name}.npy"
         try:
-            vectors = _load(path)
-        except _Refusal:
+            vectors = load_array(path)
+        except Refusal:
             continue
         if vectors.ndim == 2 and vectors.shape[0] and vectors.shape[1] == FEATURE_DIM:
             offsets = np.asarray(offsets_from_joints(features_to_joints(vectors[:1])[0]), dtype=np.float64)
@@ -178,14 +180,16 @@ def _common_skeleton(source: Path, names: list[tuple[str, str]]) -> NDArray[np.f
     return found[0] if np.ptp(lengths, axis=0).max() < SAME_BONE_M else None
 
 
-def _load(path: Path) -> NDArray:
+def load_array(path: Path) -> NDArray:
+    """A .npy; Refusal where it is missing or unreadable."""
     try:
         return np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise _Refusal("motion file missing", path.name) from None
-    except (OSError, ValueError, EOFError) as error:
-        detail = f"{path.parent.name}/{path.name}: {str(error).splitlines()[0]}"
-        raise _Refusal("motion file unreadable", detail) from None
+        raise Refusal("motion file missing", path.name) from None
+    except Exception as error:  # damaged bytes make NumPy raise nearly anything, tokenize.TokenError too
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        detail = f"{path.parent.name}/{path.name}: {reason}"
+        raise Refusal("motion file unreadable", detail) from None
 
 
 def _features(
@@ -193,52 +197,54 @@ def _features(
 ) -> tuple[NDArray, str]:
     """The features of a clip, and which folder they come from."""
     if (source / VECTORS / f"{name}.npy").is_file():
-        return _load(source / VECTORS / f"{name}.npy"), VECTORS
+        return load_array(source / VECTORS / f"{name}.npy"), VECTORS
     for folder in JOINTS:
         if (source / folder / f"{name}.npy").is_file():
-            return _from_joints(_load_joints(source / folder / f"{name}.npy"), offsets), folder
+            return uniform_features(_load_joints(source / folder / f"{name}.npy"), offsets), folder
     looked = [folder for folder in (VECTORS, *JOINTS) if (source / folder).is_dir()]
     if name.startswith("M"):
         for folder in JOINTS:
             path = source / folder / f"{name[1:]}.npy"
             if path.is_file():
                 if not mirror:
-                    raise _Refusal("mirrored copies are turned off", f"{folder}/{path.name}")
-                return _from_joints(mirror_joints(_load_joints(path)), offsets), f"{folder}, mirrored"
-    raise _Refusal("motion file missing", f"{name}.npy in {', '.join(looked)}")
+                    raise Refusal("mirrored copies are turned off", f"{folder}/{path.name}")
+                return uniform_features(mirror_joints(_load_joints(path)), offsets), f"{folder}, mirrored"
+    raise Refusal("motion file missing", f"{name}.npy in {', '.join(looked)}")
 
 
 def _load_joints(path: Path) -> NDArray:
-    joints = _load(path)
+    joints = load_array(path)
     if joints.ndim != 3 or joints.shape[1] not in (N_JOINTS, 52) or joints.shape[2] != 3:
         detail = f"{path.parent.name}/{path.name}: {list(joints.shape)}, expected [frames, {N_JOINTS}, 3]"
-        raise _Refusal("wrong shape", detail)
+        raise Refusal("wrong shape", detail)
     if joints.shape[0] < 2:
-        raise _Refusal("too short", f"{joints.shape[0]} frames of joints, expected at least 2")
+        raise Refusal("too short", f"{joints.shape[0]} frames of joints, expected at least 2")
     if not np.isfinite(joints).all():
         frame, joint = np.argwhere(~np.isfinite(joints))[0][:2]
-        raise _Refusal("NaN or infinite joints", f"frame {frame}, joint {joint}")
+        raise Refusal("NaN or infinite joints", f"frame {frame}, joint {joint}")
     return joints[:, :N_JOINTS]
 
 
-def _from_joints(joints: NDArray, offsets: NDArray[np.float64] | None) -> NDArray[np.float32]:
+def uniform_features(joints: NDArray, offsets: NDArray[np.float64] | None) -> NDArray[np.float32]:
+    """The 263 features of joints, with the bones of `offsets` where given; Refusal if there are none."""
     try:
         return joints_to_features(joints, target_offsets=offsets)
     except ScaMoError as error:
-        raise _Refusal("features cannot be computed", str(error)) from None
+        raise Refusal("features cannot be computed", str(error)) from None
 
 
-def _captions(source: Path, name: str, split: str, writer: DatasetWriter) -> list[Caption]:
+def read_captions(source: Path, name: str, split: str, writer: DatasetWriter) -> list[Caption]:
+    """Those of texts/NAME.txt, bad lines refused one by one; Refusal where none is left."""
     path = source / "texts" / f"{name}.txt"
     swap = False
     if not path.is_file() and name.startswith("M"):
         swap, path = True, source / "texts" / f"{name[1:]}.txt"
     if not path.is_file():
-        raise _Refusal("caption file missing", f"texts/{name}.txt")
+        raise Refusal("caption file missing", f"texts/{name}.txt")
     try:
-        text = _read_text(path)
+        text = read_text(path)
     except ScaMoError as error:
-        raise _Refusal("caption file unreadable", str(error)) from None
+        raise Refusal("caption file unreadable", str(error)) from None
     captions = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -258,7 +264,7 @@ def _captions(source: Path, name: str, split: str, writer: DatasetWriter) -> lis
             caption = replace(caption, text=swap_sides(caption.text), meta=meta)
         captions.append(caption)
     if not captions:
-        raise _Refusal("caption file without captions", f"texts/{path.name}")
+        raise Refusal("caption file without captions", f"texts/{path.name}")
     return captions
 
 

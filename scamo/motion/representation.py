@@ -1,0 +1,254 @@
+"""What a dataset's features are, by their number: the one place that knows 263, 251 and 272.
+
+| features | of                            | joints | frames a second |
+|----------|-------------------------------|--------|-----------------|
+| 263      | HumanML3D                     | 22     | 20              |
+| 251      | KIT-ML                        | 21     | 12.5            |
+| 272      | MotionStreamer, MotionMillion | 22     | 30              |
+
+KIT-ML's channels are HumanML3D's with a joint less, in its own joint order; its lengths are millimetres of a
+body scaled to about one metre, which `to_joints` turns into metres of that body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scamo.errors import ScaMoError
+from scamo.motion import features as humanml3d
+from scamo.motion import features272
+from scamo.motion.skeleton import MIRROR_PAIRS, N_JOINTS
+
+KIT_JOINTS = 21
+# Right arm and left arm, right leg and left leg.
+KIT_MIRROR_PAIRS = ((5, 8), (6, 9), (7, 10), (11, 16), (12, 17), (13, 18), (14, 19), (15, 20))
+
+
+@dataclass(frozen=True)
+class Representation:
+    """Features of one kind. Get one by `Representation.of(feature_dim)`.
+
+    groups: every column belongs to one; the standard deviation is averaged inside each. positions, velocities
+    and rotations: their columns, 3, 3 and 6 a joint; positions begin with joint `first_position`. root: the
+    columns that say how the root moves and turns. contacts: None where there are none. fps: the rate that the
+    format is made for. extra_joint_frames: frames of joints beyond those of the features. item_frames: the
+    shortest and one more than the longest item of the evaluation protocol. true_rotations: forward kinematics
+    of the rotations gives the positions, so that an export need not fit any.
+    """
+
+    name: str
+    feature_dim: int
+    n_joints: int
+    fps: float
+    groups: Mapping[str, slice]
+    root: slice
+    positions: slice
+    velocities: slice
+    rotations: slice
+    contacts: slice | None
+    first_position: int
+    extra_joint_frames: int
+    item_frames: tuple[int, int]
+    true_rotations: bool
+    _to_joints: Callable[[Any], Any]
+    _from_joints: Callable[[np.ndarray, float], np.ndarray] | None
+    _mirror: tuple[np.ndarray, np.ndarray]
+
+    @classmethod
+    def find(cls, feature_dim: int) -> Representation | None:
+        """The one of this many features, None if there is none."""
+        return _BY_WIDTH.get(int(feature_dim))
+
+    @classmethod
+    def of(cls, feature_dim: int) -> Representation:
+        """The one of this many features. Raises ScaMoError naming the known ones."""
+        found = cls.find(feature_dim)
+        if found is None:
+            known = ", ".join(f"{r.feature_dim} ({r.name})" for r in _BY_WIDTH.values())
+            raise ScaMoError(f"feature_dim = {feature_dim}: expected one of {known}")
+        return found
+
+    def to_joints(self, features: Any) -> Any:
+        """Joints (..., T, n_joints, 3), metres, of features (..., T, feature_dim), numpy or torch.
+
+        The first frame's root stands at X = Z = 0 and faces +Z. Raises ScaMoError for another shape.
+        """
+        if features.ndim < 2 or features.shape[-1] != self.feature_dim:
+            raise ScaMoError(
+                f"features: expected shape (..., frames, {self.feature_dim}), got {tuple(features.shape)}"
+            )
+        return self._to_joints(features)
+
+    def from_joints(self, joints: np.ndarray, fps: float | None = None) -> np.ndarray:
+        """Features (T - extra_joint_frames, feature_dim) float32 of joints (T, n_joints, 3), metres.
+
+        fps: frames a second of the joints, None for the format's. Rotations that the 272 features want are
+        fitted (`features272.encode` takes true ones). Raises ScaMoError for joints that cannot be converted,
+        and for KIT-ML, whose features are only read.
+        """
+        if self._from_joints is None:
+            raise ScaMoError(f"{self.name}: features cannot be made from joints, only read")
+        return self._from_joints(joints, self.fps if fps is None else fps)
+
+    def mirrored(self, features: Any) -> Any:
+        """The features of the motion in a mirror, numpy or torch (..., feature_dim).
+
+        Columns change places and signs, so twice is exactly the original. Another width raises ScaMoError.
+        """
+        if features.shape[-1] != self.feature_dim:
+            raise ScaMoError(f"features: expected width {self.feature_dim}, got {features.shape[-1]}")
+        source, sign = self._mirror
+        swapped = features[..., source]
+        if isinstance(features, np.ndarray):
+            return swapped * sign.astype(features.dtype)
+        return swapped * swapped.new_tensor(sign.tolist())
+
+    def grouped_std(self, std: np.ndarray) -> np.ndarray:
+        """Standard deviations (feature_dim,), each the mean of its group: one that hardly moves thus cannot
+        explode when it is normalised."""
+        grouped = np.empty_like(std)
+        for group in self.groups.values():
+            grouped[group] = std[group].mean()
+        return grouped
+
+
+def _mirror(
+    pairs: tuple[tuple[int, int], ...], n_joints: int, parts: list[tuple[slice, list[int], int | None]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which column each column of the mirrored motion is, and its sign.
+
+    parts: columns, the signs of a joint's (or of all, where the joint that they begin with is None).
+    """
+    order = np.arange(n_joints)
+    for left, right in pairs:
+        order[[left, right]] = right, left
+    source, sign = [], []
+    for part, signs, first in parts:
+        columns = np.arange(part.start, part.stop).reshape(-1, len(signs))
+        source.append((columns if first is None else columns[order[first:] - first]).ravel())
+        sign.append(np.tile(signs, len(columns)))
+    return np.concatenate(source), np.concatenate(sign)
+
+
+_POINT = [-1, 1, 1]
+_SIX = [
+    1,
+    -1,
+    -1,
+    -1,
+    1,
+    1,
+]  # M R M with M = diag(-1, 1, 1), of the first two columns and of the first two rows
+
+
+def _of_guo(name: str, n_joints: int, **fields: Any) -> Representation:
+    """The layout of Guo et al. for a body of n_joints."""
+    root = humanml3d.ROOT
+    ends = np.cumsum([root.stop, 3 * (n_joints - 1), 6 * (n_joints - 1), 3 * n_joints, 4]).tolist()
+    positions, rotations, velocities, contacts = (slice(*ends[i : i + 2]) for i in range(4))
+    pairs = fields.pop("pairs")
+    source, sign = _mirror(
+        pairs,
+        n_joints,
+        [
+            (root, [-1, -1, 1, 1], None),
+            (positions, _POINT, 1),
+            (rotations, _SIX, 1),
+            (velocities, _POINT, 0),
+            (contacts, [1, 1, 1, 1], None),
+        ],
+    )
+    source[contacts] = np.roll(source[contacts], 2)  # left ankle and ball, right ankle and ball
+    groups = {
+        "yaw_velocity": slice(0, 1),
+        "root_velocity": slice(1, 3),
+        "root_height": slice(3, 4),
+        "positions": positions,
+        "rotations": rotations,
+        "velocities": velocities,
+        "contacts": contacts,
+    }
+    return Representation(
+        name=name,
+        feature_dim=contacts.stop,
+        n_joints=n_joints,
+        groups=groups,
+        root=root,
+        positions=positions,
+        velocities=velocities,
+        rotations=rotations,
+        contacts=contacts,
+        first_position=1,
+        extra_joint_frames=1,
+        true_rotations=False,
+        _mirror=(source, sign),
+        **fields,
+    )
+
+
+def _kit_to_joints(features: Any) -> Any:
+    """Read as a body of 22 joints whose last one is dropped."""
+    used = features[..., : humanml3d.ROOT.stop + 3 * (KIT_JOINTS - 1)]
+    shape = (*used.shape[:-1], humanml3d.FEATURE_DIM - used.shape[-1])
+    wide: Any
+    if isinstance(features, np.ndarray):
+        wide = np.concatenate([used, np.zeros(shape, used.dtype)], -1)
+    else:
+        import torch
+
+        wide = torch.cat([used, used.new_zeros(shape)], -1)
+    return humanml3d.features_to_joints(wide)[..., :KIT_JOINTS, :] / 1000
+
+
+HUMANML3D = _of_guo(
+    "HumanML3D",
+    N_JOINTS,
+    fps=humanml3d.FORMAT_FPS,
+    item_frames=(40, 200),
+    pairs=MIRROR_PAIRS,
+    _to_joints=humanml3d.features_to_joints,
+    _from_joints=lambda joints, fps: humanml3d.joints_to_features(joints, fps=fps),
+)
+KIT_ML = _of_guo(
+    "KIT-ML",
+    KIT_JOINTS,
+    fps=12.5,
+    item_frames=(24, 200),
+    pairs=KIT_MIRROR_PAIRS,
+    _to_joints=_kit_to_joints,
+    _from_joints=None,
+)
+SMPL_272 = Representation(
+    name="272",
+    feature_dim=features272.FEATURE_DIM,
+    n_joints=N_JOINTS,
+    fps=features272.FORMAT_FPS,
+    groups=features272.FEATURE_GROUPS,
+    root=slice(0, 8),
+    positions=features272.POSITIONS,
+    velocities=features272.VELOCITIES,
+    rotations=features272.ROTATIONS,
+    contacts=None,
+    first_position=0,
+    extra_joint_frames=0,
+    item_frames=(60, 300),  # HumanML3D's, at 30 fps
+    true_rotations=True,
+    _to_joints=features272.to_joints,
+    _from_joints=lambda joints, fps: features272.encode(joints, fps=fps).features,
+    _mirror=_mirror(
+        MIRROR_PAIRS,
+        N_JOINTS,
+        [
+            (features272.ROOT_VELOCITY, [-1, 1], None),
+            (features272.TURN, _SIX, None),
+            (features272.POSITIONS, _POINT, 0),
+            (features272.VELOCITIES, _POINT, 0),
+            (features272.ROTATIONS, _SIX, 0),
+        ],
+    ),
+)
+_BY_WIDTH = {one.feature_dim: one for one in (HUMANML3D, KIT_ML, SMPL_272)}
