@@ -1,4 +1,4 @@
-"""BVH files: written from joints with fitted rotations, read back by forward kinematics.
+"""BVH files: written from joints with fitted rotations, read with any skeleton.
 
 The rest pose is a T-pose that faces +Z with Y up and the pelvis at the origin, in metres: Blender's importer
 with its defaults shows it upright and in life size. MotionBuilder, Maya and Unreal count in centimetres:
@@ -8,13 +8,29 @@ a jump. The format has no room for remarks; rotations in a file written here are
 
 from __future__ import annotations
 
-from itertools import pairwise
+import re
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scamo.errors import ScaMoError
 from scamo.motion.files import replacing
+from scamo.motion.hierarchy import (
+    AXES,
+    LARGEST,
+    Animation,
+    Hierarchy,
+    about_axes,
+    finite,
+    multiply,
+    rate_of,
+    read_text,
+    whole,
+)
 from scamo.motion.ik import CHILDREN, fit_rotations
 from scamo.motion.motion import Motion
 from scamo.motion.skeleton import JOINT_NAMES, N_JOINTS, quaternions_to_matrices
@@ -32,7 +48,6 @@ TOLERANCE = 5e-4
 
 _POSITIONS = ("Xposition", "Yposition", "Zposition")
 _ROTATIONS = ("Zrotation", "Xrotation", "Yrotation")
-_AXES = {"X": 0, "Y": 1, "Z": 2}
 
 
 def save_bvh(motion: Motion, path: str | Path, *, scale: float = 1.0, stretch: bool | None = None) -> None:
@@ -122,100 +137,235 @@ def _euler_zxy(matrices: np.ndarray) -> np.ndarray:
 def load_bvh(path: str | Path, *, scale: float = 1.0) -> Motion:
     """Read a BVH file that `save_bvh` wrote, or another one that has the 22 joints under these names.
 
-    scale: units a metre, as for `save_bvh`. Raises ScaMoError naming the file and what is wrong.
+    scale: units a metre, as for `save_bvh`. Nothing is turned, moved or resampled: `retarget` does that, for
+    any skeleton. Raises ScaMoError naming the file and what is wrong.
     """
     path = Path(path)
     if not np.isfinite(scale) or scale <= 0:
         raise ScaMoError(f"scale: expected a positive number of units a metre, got {scale}")
-    try:
-        words = path.read_text(encoding="utf-8-sig").split()
-    except FileNotFoundError as error:
-        raise ScaMoError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScaMoError(f"{path}: not a readable BVH file: {error}") from error
-    try:
-        places, fps = _read(words)
-    except (ValueError, IndexError) as error:
-        raise ScaMoError(f"{path}: not a readable BVH file: {error}") from error
-    missing = [name for name in JOINT_NAMES if name not in places]
+    animation = read_bvh(path)
+    names = animation.hierarchy.names
+    missing = [name for name in JOINT_NAMES if name not in names]
     if missing:
         raise ScaMoError(f"{path}: {len(missing)} of the {N_JOINTS} joints are missing, first {missing[0]!r}")
-    joints = np.stack([places[name] for name in JOINT_NAMES], axis=1) / scale
+    wanted = [names.index(name) for name in JOINT_NAMES]
+    joints = animation.forward_kinematics(wanted)[0][:, wanted] / scale
     try:
-        return Motion(joints, fps=fps)
+        return Motion(joints, fps=animation.fps)
     except ScaMoError as error:
         raise ScaMoError(f"{path}: {error}") from error
 
 
-def _read(words: list[str]) -> tuple[dict[str, np.ndarray], float]:
-    """Places (T, 3) of the joints of a file, by name, and the frame rate."""
-    names: list[str] = []
-    parents: list[int] = []
-    offsets: list[list[float]] = []
-    channels: list[list[str]] = []
-    if words[:1] != ["HIERARCHY"]:
-        raise ValueError("it does not begin with HIERARCHY")
-    at, open_joints = 1, [-1]
-    while words[at] != "MOTION":
-        word = words[at]
-        if word in ("ROOT", "JOINT") and words[at + 2] == "{":
-            parents.append(open_joints[-1])
-            open_joints.append(len(names))
-            names.append(words[at + 1])
-            offsets.append([0.0, 0.0, 0.0])
-            channels.append([])
-            at += 3
-        elif word == "End" and words[at + 2 : at + 4] == ["{", "OFFSET"] and words[at + 7] == "}":
-            at += 8
-        elif word == "OFFSET":
-            offsets[open_joints[-1]] = [float(number) for number in words[at + 1 : at + 4]]
-            at += 4
-        elif word == "CHANNELS":
-            count = int(words[at + 1])
-            channels[open_joints[-1]] = words[at + 2 : at + 2 + count]
-            at += 2 + count
-        elif word == "}" and len(open_joints) > 1:
-            open_joints.pop()
-            at += 1
-        else:
-            raise ValueError(f"word {at + 1}, {word!r}, is not expected there")
-    if words[at + 1] != "Frames:" or words[at + 3 : at + 5] != ["Frame", "Time:"]:
-        raise ValueError("MOTION is not followed by 'Frames:' and 'Frame Time:'")
-    frames, seconds = int(words[at + 2]), float(words[at + 5])
-    if frames < 1 or not 0 < seconds < np.inf:
-        raise ValueError(f"{frames} frames of {seconds} s")
-    ends = np.cumsum([0, *(len(own) for own in channels)])
-    values = np.array(words[at + 6 :], dtype=np.float64)
-    if len(values) != frames * ends[-1]:
-        raise ValueError(f"{len(values)} numbers for {frames} frames of {ends[-1]} channels")
-    values = values.reshape(frames, -1)
+def read_bvh(path: str | Path) -> Animation:
+    """Read any BVH file with one skeleton.
 
-    places: list[np.ndarray] = []
-    turned: list[np.ndarray] = []
-    for joint, (start, end) in enumerate(pairwise(ends)):
-        place = np.tile(offsets[joint], (frames, 1))
-        turn = np.broadcast_to(np.eye(3), (frames, 3, 3))
-        for channel, numbers in zip(channels[joint], values[:, start:end].T, strict=True):
-            axis, kind = _AXES.get(channel[:1].upper(), -1), channel[1:].lower()
-            if axis < 0 or kind not in ("position", "rotation"):
-                raise ValueError(f"unknown channel {channel!r} of {names[joint]!r}")
-            if kind == "position":
-                place[:, axis] = numbers
+    Every joint may have its own channels in its own order; position channels replace the axis of the OFFSET
+    that they name. A frame is a line. End sites are joints called `NAME.end`.
+    Raises ScaMoError naming the file, the line and what was expected there.
+    """
+    path = Path(path)
+    text = read_text(path, "BVH")
+    try:
+        return _parse(text)
+    except ScaMoError as error:
+        raise ScaMoError(f"{path}: {error}") from None
+
+
+@dataclass
+class _Tree:
+    """What the HIERARCHY says so far. columns: (joint, is it a rotation, axis) of every number of a frame."""
+
+    names: list[str] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    offsets: list[list[float] | None] = field(default_factory=list)
+    columns: list[tuple[int, bool, int]] = field(default_factory=list)
+    ends: set[int] = field(default_factory=set)
+
+    def add(self, name: str, parent: int, line: int) -> int:
+        if name in self.names:
+            raise ScaMoError(f"line {line}: joint name {name!r} is used twice")
+        self.names.append(name)
+        self.parents.append(parent)
+        self.offsets.append(None)
+        return len(self.names) - 1
+
+    def end_name(self, joint: int) -> str:
+        """What an end site of a joint is called; a joint may have several."""
+        name, count = f"{self.names[joint]}.end", 1
+        while name in self.names:
+            count += 1
+            name = f"{self.names[joint]}.end{count}"
+        return name
+
+
+def _parse(text: str) -> Animation:
+    lines = text.splitlines()
+    tree, at = _read_hierarchy(lines)
+    frames, at = _after(lines, at, r"frames\s*:\s*(\S+)", "'Frames: N'")
+    rest, at = _after(lines, at, r"frame\s+time\s*:\s*(\S+)", "'Frame Time: SECONDS'")
+    count = whole(frames)
+    if not count:
+        raise ScaMoError(f"Frames: {frames[:40]}, expected a positive whole number")
+    try:
+        fps = rate_of(rest)
+    except ValueError:
+        raise ScaMoError(f"Frame Time: {rest[:40]}, expected a positive number of seconds") from None
+    values = _read_table(lines, at, count, len(tree.columns))
+
+    offsets = np.array(tree.offsets, dtype=np.float64)
+    translations = np.tile(offsets, (len(values), 1, 1))
+    rotations = np.zeros((len(values), len(offsets), 4))
+    rotations[..., 0] = 1
+    # First every joint's first rotation, then every joint's second, ...
+    turns: list[list[tuple[int, int, int]]] = []
+    placed = [0] * len(offsets)
+    for column, (joint, is_rotation, axis) in enumerate(tree.columns):
+        if not is_rotation:
+            translations[:, joint, axis] = values[:, column]
+            continue
+        if placed[joint] == len(turns):
+            turns.append([])
+        turns[placed[joint]].append((joint, axis, column))
+        placed[joint] += 1
+    for turn in turns:
+        joints, axes, columns = np.array(turn).T
+        now = about_axes(axes, np.radians(values[:, columns]))
+        rotations[:, joints] = multiply(rotations[:, joints], now)
+    return Animation(Hierarchy(tuple(tree.names), tuple(tree.parents), offsets), rotations, translations, fps)
+
+
+def _read_hierarchy(lines: list[str]) -> tuple[_Tree, int]:
+    """The skeleton, and the line after MOTION."""
+    tree = _Tree()
+    above: list[int] = []  # the joints whose braces are open
+    opening: int | None = None  # a joint that waits for its brace
+    started = False
+    with_channels: set[int] = set()
+
+    def fail(number: int, message: str) -> ScaMoError:
+        return ScaMoError(f"line {number}: {message}")
+
+    for number, line in enumerate(lines, 1):
+        words = line.replace("{", " { ").replace("}", " } ").split()
+        while words:
+            word, key = words[0], words[0].upper()
+            if not started:
+                if key != "HIERARCHY":
+                    raise fail(number, f"{word[:40]!r}, the file does not begin with HIERARCHY")
+                started, words = True, words[1:]
+            elif opening is not None:
+                if word != "{":
+                    raise fail(number, f"{word[:40]!r}, expected '{{' after {tree.names[opening]!r}")
+                above.append(opening)
+                opening, words = None, words[1:]
+            elif key in ("ROOT", "JOINT", "END"):
+                end = words.index("{") if "{" in words else len(words)
+                name = " ".join(words[1:end])
+                if key == "ROOT" and tree.names:
+                    raise fail(number, f"a second ROOT, {name!r}; expected one skeleton a file")
+                if (key == "ROOT") == bool(above):
+                    raise fail(number, f"{word} is not inside a joint, expected ROOT first, and once")
+                if above and above[-1] in tree.ends:
+                    raise fail(number, f"{word} inside an end site")
+                if key == "END":
+                    name = tree.end_name(above[-1])
+                elif not name:
+                    raise fail(number, f"{word} without a name")
+                opening = tree.add(name, above[-1] if above else -1, number)
+                if key == "END":
+                    tree.ends.add(opening)
+                words = words[end:]
+            elif key == "OFFSET" and above:
+                if tree.offsets[above[-1]] is not None:
+                    raise fail(number, f"a second OFFSET of {tree.names[above[-1]]!r}")
+                tree.offsets[above[-1]] = [_number(w, number) for w in words[1:4]]
+                if len(words) < 4:
+                    raise fail(number, f"OFFSET with {len(words) - 1} numbers, expected 3")
+                words = words[4:]
+            elif key == "CHANNELS" and above and above[-1] not in with_channels:
+                with_channels.add(above[-1])
+                words = _read_channels(tree, above[-1], words, number)
+            elif word == "}" and above:
+                joint = above.pop()
+                name = tree.names[joint]
+                if tree.offsets[joint] is None:
+                    raise fail(number, f"{name!r} ends without an OFFSET")
+                if joint not in with_channels and joint not in tree.ends:
+                    raise fail(number, f"{name!r} ends without CHANNELS")
+                words = words[1:]
+            elif key == "MOTION" and tree.names and not above and len(words) == 1:
+                moves = Counter(joint for joint, is_rotation, _ in tree.columns if not is_rotation)
+                if 3 not in moves.values():
+                    raise fail(number, "no joint has three position channels, expected at least the root's")
+                return tree, number
             else:
-                turn = turn @ _turns(axis, np.radians(numbers))
-        if parents[joint] >= 0:
-            above = turned[parents[joint]]
-            place = places[parents[joint]] + (above @ place[..., None])[..., 0]
-            turn = above @ turn
-        places.append(place)
-        turned.append(turn)
-    # A frame time is rounded, a frame rate is not.
-    return dict(zip(names, places, strict=True)), round(1 / seconds, 4)
+                inside = f"inside {tree.names[above[-1]]!r}" if above else "outside every joint"
+                raise fail(number, f"{word[:40]!r} is not expected {inside}")
+    raise ScaMoError("the file ends inside the HIERARCHY, expected MOTION")
 
 
-def _turns(axis: int, angles: np.ndarray) -> np.ndarray:
-    """Rotation matrices (T, 3, 3) about a coordinate axis."""
-    halves = np.zeros((len(angles), 4))
-    halves[:, 0] = np.cos(angles / 2)
-    halves[:, 1 + axis] = np.sin(angles / 2)
-    return quaternions_to_matrices(halves)
+def _read_channels(tree: _Tree, joint: int, words: list[str], line: int) -> list[str]:
+    """Take CHANNELS and its names from the front of `words`; returns what is left."""
+    name = tree.names[joint]
+    count = whole(words[1]) if len(words) > 1 else None
+    if count is None:
+        raise ScaMoError(f"line {line}: expected CHANNELS and how many {name!r} has")
+    channels, rest = words[2 : 2 + count], words[2 + count :]
+    if joint in tree.ends:
+        raise ScaMoError(f"line {line}: CHANNELS inside an end site")
+    if len(channels) != count:
+        raise ScaMoError(f"line {line}: {name!r} has {len(channels)} channels, CHANNELS says {count}")
+    for channel in channels:
+        axis, kind = AXES.get(channel[:1].upper(), -1), channel[1:].lower()
+        if axis < 0 or kind not in ("position", "rotation"):
+            raise ScaMoError(
+                f"line {line}: unknown channel {channel[:40]!r} of {name!r}, expected Zrotation or the like"
+            )
+        column = (joint, kind == "rotation", axis)
+        if column in tree.columns:
+            raise ScaMoError(f"line {line}: channel {channel!r} of {name!r} comes twice")
+        tree.columns.append(column)
+    if rest and AXES.get(rest[0][:1].upper(), -1) >= 0 and rest[0][1:].lower() in ("position", "rotation"):
+        raise ScaMoError(f"line {line}: {name!r} has more channels than the {count} of CHANNELS")
+    return rest
+
+
+def _after(lines: list[str], at: int, pattern: str, expected: str) -> tuple[str, int]:
+    """The group of a pattern that the next line with anything on it must match, and the line after it."""
+    while at < len(lines) and not lines[at].strip():
+        at += 1
+    if at == len(lines):
+        raise ScaMoError(f"the file ends, expected {expected}")
+    match = re.fullmatch(pattern, lines[at].strip(), re.IGNORECASE)
+    if match is None:
+        raise ScaMoError(f"line {at + 1}: {lines[at].strip()[:40]!r}, expected {expected}")
+    return match[1], at + 1
+
+
+def _number(word: str, line: int) -> float:
+    try:
+        return finite(word)
+    except ValueError:
+        raise ScaMoError(f"line {line}: {word[:40]!r}, expected a finite number") from None
+
+
+def _read_table(lines: list[str], at: int, frames: int, columns: int) -> NDArray[np.float64]:
+    """Numbers (frames, columns) of the lines from `at` on, a frame each."""
+    rows = [(number, line) for number, line in enumerate(lines[at:], at + 1) if line.strip()]
+    for number, line in rows:
+        found = len(line.split())
+        if found != columns:
+            raise ScaMoError(f"line {number}: {found} numbers, expected the {columns} of a frame")
+    if len(rows) != frames:
+        raise ScaMoError(f"{len(rows)} lines of numbers, 'Frames: {frames}' says {frames}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)
+            values = np.fromstring("\n".join(line for _, line in rows), sep=" ")
+        good = values.size == frames * columns and bool((np.abs(values) < LARGEST).all())
+    except (DeprecationWarning, ValueError):
+        good = False
+    if not good:
+        # Once more and slowly, for the place of what is wrong.
+        values = np.array([_number(word, number) for number, line in rows for word in line.split()])
+    return values.reshape(frames, columns)

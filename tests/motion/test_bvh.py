@@ -11,7 +11,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from scamo.errors import ScaMoError
-from scamo.motion.bvh import load_bvh, save_bvh
+from scamo.motion.bvh import load_bvh, read_bvh, save_bvh
 from scamo.motion.ik import fit_rotations
 from scamo.motion.motion import Motion
 from scamo.motion.skeleton import DEFAULT_OFFSETS, JOINT_NAMES, PARENTS, forward_kinematics
@@ -232,21 +232,39 @@ def swapped(old: str, new: str):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda text: "", "does not begin with HIERARCHY"),
-        (lambda text: text[: len(text) // 3], "not a readable BVH file"),
-        (lambda text: text[: 2 * len(text) // 3], "numbers for 8 frames of 69 channels"),
-        (swapped("Frames: 8", "Frames: 9"), "numbers for 9 frames of 69 channels"),
-        (swapped("Frames: 8", "Frames: 0"), "0 frames"),
-        (swapped("Frames: 8", "Frames: many"), "many"),
-        (swapped("Frame Time: 0.05", "Frame Time: 0"), "frames of 0.0 s"),
-        (swapped("Frame Time:", "Time:"), "not followed by"),
-        (swapped("MOTION", ""), "word [0-9]+, 'Frames:', is not expected there"),
+        (lambda text: "", "ends inside the HIERARCHY, expected MOTION"),
+        (lambda text: "x" + text, "line 1: 'xHIERARCHY', the file does not begin with HIERARCHY"),
+        (lambda text: text[: len(text) // 3], "line [0-9]+: |ends inside the HIERARCHY"),
+        (lambda text: text[: 2 * len(text) // 3], "line [0-9]+: [0-9]+ numbers, expected the 69 of a frame"),
+        (lambda text: "\n".join(text.splitlines()[:-2]), "6 lines of numbers, 'Frames: 8' says 8"),
+        (swapped("Frames: 8", "Frames: 9"), "8 lines of numbers, 'Frames: 9' says 9"),
+        (swapped("Frames: 8", "Frames: 0"), "Frames: 0, expected a positive whole number"),
+        (swapped("Frames: 8", "Frames: many"), "Frames: many"),
+        (swapped("Frames: 8", "Frames: " + "9" * 5000), "Frames: 9+, expected a positive whole number"),
+        (swapped("CHANNELS 6", "CHANNELS " + "9" * 5000), "line 5: expected CHANNELS and how many"),
+        (swapped("Frame Time: 0.05", "Frame Time: 0"), "Frame Time: 0, expected a positive number"),
+        (swapped("Frame Time:", "Time:"), "line [0-9]+: 'Time: 0.05', expected 'Frame Time: SECONDS'"),
+        (swapped("MOTION", ""), "line [0-9]+: 'Frames:' is not expected outside every joint"),
         (swapped("JOINT left_elbow", "JOINT elbow.L"), "1 of the 22 joints are missing, first 'left_elbow'"),
-        (swapped("Zrotation", "Wrotation"), "unknown channel 'Wrotation' of 'pelvis'"),
-        (swapped("OFFSET 0", "OFFSET zero"), "could not convert"),
-        (swapped("Frame Time: 0.05\n", "Frame Time: 0.05\nx"), "could not convert"),
-        (swapped("Frame Time: 0.05\n", "Frame Time: 0.05\nnan "), "numbers for"),
-        (lambda text: re.sub(r"(0\.05\n)\S+", r"\1nan", text), "frame 0, joint 0"),
+        (swapped("JOINT left_elbow", "JOINT left_hip"), "line [0-9]+: joint name 'left_hip' is used twice"),
+        (swapped("JOINT left_elbow", "ROOT left_elbow"), "a second ROOT, 'left_elbow'"),
+        (swapped("JOINT left_elbow", "JOINT"), "JOINT without a name"),
+        (swapped("Zrotation", "Wrotation"), "line 5: unknown channel 'Wrotation' of 'pelvis'"),
+        (swapped("CHANNELS 6", "CHANNELS 7"), "line 5: 'pelvis' has 6 channels, CHANNELS says 7"),
+        (swapped("CHANNELS 6", "CHANNELS 5"), "line 5: 'pelvis' has more channels than the 5"),
+        (swapped("CHANNELS 3 Zrotation Xrotation Yrotation", ""), "'left_hip' ends without CHANNELS|without"),
+        (swapped("6 Xposition", "5"), "line [0-9]+: no joint has three position channels"),
+        (swapped("Xposition Yposition", "Xposition Xposition"), "'Xposition' of 'pelvis' comes twice"),
+        (swapped("OFFSET 0.000000 ", "OFFSET zero "), "line 4: 'zero', expected a finite number"),
+        (swapped("OFFSET 0.000000 ", "OFFSET nan "), "line 4: 'nan', expected a finite number"),
+        (swapped("OFFSET 0.000000 0.000000 0.000000", ""), "'pelvis' ends without an OFFSET"),
+        (swapped("OFFSET 0.000000 0.000000 0.000000", "OFFSET 0 0"), "OFFSET with 2 numbers, expected 3"),
+        (swapped("}", "} }"), "line [0-9]+: "),
+        (swapped("{", ""), "line 4: 'OFFSET', expected '{' after 'pelvis'"),
+        (swapped("Frame Time: 0.05\n", "Frame Time: 0.05\nx"), "line [0-9]+: 'x[-0-9.]+', expected a finite"),
+        (swapped("Frame Time: 0.05\n", "Frame Time: 0.05\nnan "), "70 numbers, expected the 69"),
+        (lambda text: re.sub(r"(0\.05\n)\S+", r"\1nan", text), "'nan', expected a finite number"),
+        (lambda text: re.sub(r"(0\.05\n)\S+", r"\g<1>1e99", text), "'1e99', expected a finite number"),
     ],
 )
 def test_spoiled_files_are_named(tmp_path, spoil, message):
@@ -265,3 +283,134 @@ def test_other_files_are_named(tmp_path, shared):
     for path in sorted((shared / "data" / "bvh").glob("*.bvh"))[::5]:
         with pytest.raises(ScaMoError, match=rf"{path.name}: [0-9]+ of the 22 joints are missing"):
             load_bvh(path)
+
+
+class Tree:
+    """A random skeleton with every order of channels, as text and as joints by SciPy."""
+
+    def __init__(self, seed: int, joints: int = 12, frames: int = 7) -> None:
+        rng = np.random.default_rng(seed)
+        self.parents = [-1, *(int(rng.integers(0, j)) for j in range(1, joints))]
+        self.names = [f"joint {j}" if j % 5 == 4 else f"set:J_{j}" for j in range(joints)]
+        self.offsets = rng.normal(0, 10, (joints, 3)).round(4)
+        self.channels: list[list[str]] = []
+        for joint in range(joints):
+            turns = ["Xrotation", "Yrotation", "Zrotation"]
+            kept = 3 if joint == 0 else int(rng.integers(0, 4))
+            own = list(rng.permutation(turns)[:kept])
+            moves = list(rng.permutation(["Xposition", "Yposition", "Zposition"]))
+            own += moves if joint == 0 else moves[: int(rng.integers(0, 4))] * (joint % 3 == 0)
+            self.channels.append([str(c) for c in rng.permutation(own)])
+        # The order among rotations is what the permutation made it.
+        self.values = [rng.uniform(-200, 200, (frames, len(own))).round(5) for own in self.channels]
+        self.order: list[int] = []
+
+    def text(self, newline: str = "\n", gap: str = " ", number: str = "{:.5f}") -> str:
+        self.order = []
+        lines = ["HIERARCHY", *self._joint(0, gap), "MOTION"]
+        lines += [f"Frames:{gap}{len(self.values[0])}", f"Frame Time:{gap}.0083333"]
+        rows = np.concatenate([self.values[j] for j in self.order], axis=1)
+        lines += [gap.join(number.format(x) for x in row) + gap for row in rows]
+        return newline.join(lines) + newline
+
+    def _joint(self, joint: int, gap: str) -> list[str]:
+        self.order.append(joint)
+        own = self.channels[joint]
+        lines = [f"{'JOINT' if joint else 'ROOT'} {self.names[joint]}", "{"]
+        lines.append(f"OFFSET{gap}" + gap.join(str(x) for x in self.offsets[joint]))
+        lines.append(gap.join(["CHANNELS", str(len(own)), *own]))
+        children = [j for j, parent in enumerate(self.parents) if parent == joint]
+        for child in children:
+            lines += self._joint(child, gap)
+        if not children:
+            lines += ["End Site", "{", f"OFFSET{gap}1{gap}2{gap}3", "}"]
+        return [*lines, "}"]
+
+    def places(self) -> dict[str, np.ndarray]:
+        found: list[tuple[np.ndarray, Rotation]] = []
+        for joint, parent in enumerate(self.parents):
+            place = np.tile(self.offsets[joint], (len(self.values[0]), 1))
+            turn = Rotation.identity(len(place))
+            for channel, column in zip(self.channels[joint], self.values[joint].T, strict=True):
+                if channel.endswith("position"):
+                    place[:, "XYZ".index(channel[0])] = column
+                else:
+                    turn = turn * Rotation.from_euler(channel[0], column[:, None], degrees=True)
+            if parent >= 0:
+                place = found[parent][0] + found[parent][1].apply(place)
+                turn = found[parent][1] * turn
+            found.append((place, turn))
+        ends = [j for j in range(len(self.parents)) if j not in self.parents]
+        out = {name: place for name, (place, _) in zip(self.names, found, strict=True)}
+        return out | {f"{self.names[j]}.end": found[j][0] + found[j][1].apply([1, 2, 3]) for j in ends}
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("style", ["plain", "odd"])
+def test_any_hierarchy_and_any_order_of_channels(tmp_path, seed, style):
+    tree = Tree(seed)
+    text = tree.text() if style == "plain" else tree.text("\r\n", " \t ", "{:.12e}")
+    (tmp_path / "t.bvh").write_bytes(text.encode())
+    read = read_bvh(tmp_path / "t.bvh")
+    assert read.fps == 120
+    expected = tree.places()
+    places, _ = read.forward_kinematics()
+    assert set(read.hierarchy.names) == set(expected)
+    for joint, name in enumerate(read.hierarchy.names):
+        np.testing.assert_allclose(places[:, joint], expected[name], atol=1e-8, err_msg=name)
+
+
+def test_braces_may_stand_anywhere(tmp_path):
+    text = Tree(1).text()
+    (tmp_path / "a.bvh").write_text(text)
+    (tmp_path / "b.bvh").write_text(text.replace("\n{\n", " {\n").replace("End Site {", "End Site{"))
+    a, b = (read_bvh(tmp_path / f"{n}.bvh") for n in "ab")
+    assert a.hierarchy.names == b.hierarchy.names
+    np.testing.assert_array_equal(a.rotations, b.rotations)
+
+
+def test_real_dialects_are_read(shared):
+    joints = {"mb": 38, "max": 38, "daz": 57, "template": 27}
+    for path in sorted((shared / "data" / "bvh").glob("*.bvh")):
+        read = read_bvh(path)
+        assert len(read.hierarchy) == joints[path.name.split(".")[-2]]
+        assert read.fps == (60 if path.stem == "template" else 120)
+        assert f"Frames: {len(read)}" in " ".join(path.read_text()[:20000].split())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_mutilated_file_crashes(tmp_path, seed):
+    """Bytes changed, lines lost, doubled or exchanged, words swapped: it is read or refused, in words."""
+    rng = np.random.default_rng(seed)
+    good = Tree(seed, joints=6, frames=3).text()
+    words = ["nan", "{", "}", "-1", "1e400", "JOINT", "End", "CHANNELS", "MOTION", "\x00", "99999999999", ""]
+    messages: list[str] = []
+    for _ in range(300):
+        lines = good.splitlines()
+        for _ in range(int(rng.integers(1, 4))):
+            at, to = (int(i) for i in rng.integers(0, len(lines), 2))
+            how = int(rng.integers(0, 5))
+            if how == 0 and len(lines) > 1:
+                del lines[at]
+            elif how == 1:
+                lines.insert(at, lines[to])
+            elif how == 2:
+                lines[at], lines[to] = lines[to], lines[at]
+            elif how == 3:
+                split = lines[at].split(" ")
+                split[int(rng.integers(0, len(split)))] = words[int(rng.integers(0, len(words)))]
+                lines[at] = " ".join(split)
+            else:
+                lines = lines[: max(1, at)]
+        data = bytearray("\n".join(lines).encode())
+        if rng.random() < 0.2 and data:
+            data[int(rng.integers(0, len(data)))] = int(rng.integers(0, 256))
+        (tmp_path / "f.bvh").write_bytes(bytes(data))
+        try:
+            read = read_bvh(tmp_path / "f.bvh")
+        except ScaMoError as error:
+            messages.append(str(error))
+        else:
+            assert np.isfinite(read.forward_kinematics()[0]).all()
+    assert len(messages) > 100
+    assert all("f.bvh: " in message and "\n" not in message for message in messages)
