@@ -27,11 +27,16 @@ importers = tyro.extras.SubcommandApp()
 
 
 @app.command
-def doctor() -> None:
-    """Print what this machine has (Python, torch, Triton, DeepSpeed, GPU, compiler) and what that permits."""
+def doctor(*, json: bool = False, hub: bool = False) -> None:
+    """Print what this machine has (packages, GPUs, tools, disk), what is missing and what to do about it.
+
+    Args:
+        json: as JSON.
+        hub: also ask whether the hub can be reached, for 3 seconds at most.
+    """
     from scamo.doctor import report
 
-    print(report())
+    print(report(hub=hub, as_json=json))
 
 
 @prepare.command(name="synthetic")
@@ -94,6 +99,213 @@ def prepare_humanml3d(
         max_frames=max_frames,
         overwrite=overwrite,
     )
+
+
+@prepare.command(name="mocap")
+def prepare_mocap(
+    source: Positional[Path],
+    out: Positional[Path],
+    *,
+    joint_map: str | None = None,
+    captions: Path | None = None,
+    template: str | None = None,
+    fps: float = 20.0,
+    source_fps: float | None = None,
+    units: str | None = None,
+    up: Literal["x", "y", "z", "-x", "-y", "-z"] | None = None,
+    mirror: bool = False,
+    split: tuple[float, float, float] = (0.8, 0.05, 0.15),
+    split_by: Literal["clip", "subject"] = "clip",
+    target_offsets: Path | None = None,
+    rest_pose: Path | None = None,
+    min_frames: int = 40,
+    max_frames: int = 200,
+    long: Literal["cut", "refuse"] = "cut",
+    strict: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Read a folder of .bvh and .asf/.amc files of any skeleton and write it as a dataset.
+
+    Args:
+        source: the folder; folders below it are read too.
+        out: the dataset folder to write.
+        joint_map: the name of a known map or a TOML file; found by the joints' names without it.
+        captions: a CSV or JSON lines: name, caption or label[, start, end, split, fps]; NAME.txt beside each
+            file without it.
+        template: makes captions of labels, "a person does {label}".
+        fps: frames a second of the dataset.
+        source_fps: of the files, where what they say is wrong.
+        units: of the files: m, cm, mm, inch, cmu or metres of one unit; found by the leg without it.
+        up: the axis that points up in the files; found without it.
+        mirror: add a mirrored copy of every clip.
+        split: parts of train, val and test; where a file goes is a function of its name.
+        split_by: clip, or subject: what stands before the last underscore of the name.
+        target_offsets: (22, 3) .npy of a skeleton whose bone lengths all clips take.
+        rest_pose: (22, 3) .npy of a T-pose onto which all clips are retargeted.
+        min_frames: shorter clips are refused.
+        max_frames: clips of this many frames or more are cut or refused.
+        long: what happens to these.
+        strict: stop at the first refusal.
+        overwrite: replace an existing dataset.
+    """
+    from scamo.data.prepare.mocap import prepare_mocap
+
+    prepare_mocap(
+        source,
+        out,
+        joint_map=joint_map,
+        captions=captions,
+        template=template,
+        fps=fps,
+        source_fps=source_fps,
+        units=units,
+        up=up,
+        mirror=mirror,
+        split=split,
+        split_by=split_by,
+        target_offsets=target_offsets,
+        rest_pose=rest_pose,
+        min_frames=min_frames,
+        max_frames=max_frames,
+        long=long,
+        strict=strict,
+        overwrite=overwrite,
+    )
+
+
+@prepare.command(name="amass")
+def prepare_amass(
+    amass: Positional[Path],
+    index: Positional[Path],
+    texts: Positional[Path],
+    out: Positional[Path],
+    *,
+    model: Path,
+    feature_dim: Literal[263, 272] = 263,
+    target_offsets: Path | None = None,
+    fit_joints: bool = False,
+    mirror: bool = True,
+    min_frames: int | None = None,
+    max_frames: int | None = None,
+    strict: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Make HumanML3D from AMASS: joints by forward kinematics, no mesh is skinned.
+
+    Args:
+        amass: folder of the unpacked sets.
+        index: HumanML3D's index.csv.
+        texts: HumanML3D's folder with texts/ and the split lists.
+        out: the dataset folder to write.
+        model: your SMPL+H: the folder with male/model.npz and female/model.npz, or one .npz for everybody.
+        feature_dim: 263 at 20 fps, or 272 at 30 fps with SMPL's own rotations.
+        target_offsets: (22, 3) .npy of the uniform skeleton; that of clip 000021 without it.
+        fit_joints: for 272 features, take HumanAct12 too, whose rotations are then fitted.
+        mirror: add the mirrored copies that the split lists name.
+        min_frames: shorter clips are refused; 2 s without it.
+        max_frames: clips of this many frames or more are refused; 10 s without it.
+        strict: stop at the first refusal.
+        overwrite: replace an existing dataset.
+    """
+    from scamo.data.prepare.amass import prepare_amass
+
+    prepare_amass(
+        amass,
+        index,
+        texts,
+        out,
+        model=model,
+        feature_dim=feature_dim,
+        target_offsets=target_offsets,
+        fit_joints=fit_joints,
+        mirror=mirror,
+        min_frames=min_frames,
+        max_frames=max_frames,
+        strict=strict,
+        overwrite=overwrite,
+    )
+
+
+@data.command(name="check")
+def data_check(
+    dataset: Positional[Path],
+    *,
+    hashes: bool = True,
+    tokenizers: tuple[Path, ...] = (),
+    encoders: bool = False,
+    limit: int = 10,
+    json: Path | None = None,
+) -> None:
+    """Name everything that is wrong with a dataset; the exit status is 1 if there is an error.
+
+    Args:
+        dataset: the dataset folder.
+        hashes: read every file again and compare its SHA-256 with the manifest.
+        tokenizers: tokenizer folders that tokens of the dataset are said to come from.
+        encoders: also compare the text encoders' weights with those of the text states.
+        limit: findings of one kind that are printed; the file has all.
+        json: also write the findings there.
+    """
+    from scamo.data.checks import check
+
+    report = check(dataset, hashes=hashes, tokenizers=tokenizers, encoders=encoders)
+    print(report.text(limit))
+    if json is not None:
+        try:
+            json.write_text(dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ScaMoError(f"{json}: cannot be written: {error.strerror}") from None
+    if report.exit_status:
+        sys.exit(report.exit_status)
+
+
+@data.command(name="stats")
+def data_stats(
+    dataset: Positional[Path], out: Annotated[Path | None, arg(aliases=["-o"])] = None, *, top: int = 10
+) -> None:
+    """Count a dataset: lengths, speeds, contacts, captions, duplicates, static clips, outliers, by source.
+
+    Args:
+        dataset: the dataset folder.
+        out: also write OUT.json and OUT.md.
+        top: outliers of each kind.
+    """
+    from scamo.data.report import stats
+
+    report = stats(dataset, top=top)
+    print(report.markdown())
+    if out is not None:
+        report.save(out)
+
+
+@data.command(name="show")
+def data_show(
+    dataset: Positional[Path],
+    out: Out,
+    *,
+    count: int = 12,
+    names: tuple[str, ...] = (),
+    split: Literal["", "train", "val", "test"] = "",
+    seed: int = 0,
+    sort: Literal[
+        "random", "longest", "shortest", "jerk", "speed", "highest", "lowest", "bones", "skate", "still"
+    ] = "random",
+) -> None:
+    """Draw clips of a dataset with their captions: a picture and a page that plays them.
+
+    Args:
+        dataset: the dataset folder.
+        out: folder for the pictures.
+        count: number of clips.
+        names: these clips.
+        split: of one split only.
+        seed: of the choice.
+        sort: which clips: at random, or those with the most or least of something.
+    """
+    from scamo.data.report import show
+
+    for path in show(dataset, out, count=count, names=names, split=split, seed=seed, sort=sort):
+        print(path)
 
 
 @data.command(name="info")
