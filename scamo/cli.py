@@ -75,6 +75,7 @@ def prepare_humanml3d(
     mirror: bool = True,
     min_frames: int = 40,
     max_frames: int = 200,
+    license: str = "",
     overwrite: bool = False,
 ) -> None:
     """Read a HumanML3D-shaped folder and write it as a dataset, with a report of what was refused and why.
@@ -86,6 +87,7 @@ def prepare_humanml3d(
         mirror: make the mirrored copies (M...) that the split lists name and the folder lacks.
         min_frames: shorter clips are refused.
         max_frames: clips of this many frames or more are refused.
+        license: of the motions and captions, in words, for the manifest and model cards.
         overwrite: replace an existing dataset.
     """
     from scamo.data.prepare.humanml3d import prepare_humanml3d
@@ -97,6 +99,7 @@ def prepare_humanml3d(
         mirror=mirror,
         min_frames=min_frames,
         max_frames=max_frames,
+        license=license,
         overwrite=overwrite,
     )
 
@@ -122,6 +125,7 @@ def prepare_mocap(
     max_frames: int = 200,
     long: Literal["cut", "refuse"] = "cut",
     strict: bool = False,
+    license: str = "",
     overwrite: bool = False,
 ) -> None:
     """Read a folder of .bvh and .asf/.amc files of any skeleton and write it as a dataset.
@@ -146,6 +150,7 @@ def prepare_mocap(
         max_frames: clips of this many frames or more are cut or refused.
         long: what happens to these.
         strict: stop at the first refusal.
+        license: of the motions and captions, in words, for the manifest and model cards.
         overwrite: replace an existing dataset.
     """
     from scamo.data.prepare.mocap import prepare_mocap
@@ -169,6 +174,7 @@ def prepare_mocap(
         max_frames=max_frames,
         long=long,
         strict=strict,
+        license=license,
         overwrite=overwrite,
     )
 
@@ -188,6 +194,7 @@ def prepare_amass(
     min_frames: int | None = None,
     max_frames: int | None = None,
     strict: bool = False,
+    license: str = "",
     overwrite: bool = False,
 ) -> None:
     """Make HumanML3D from AMASS: joints by forward kinematics, no mesh is skinned.
@@ -205,6 +212,7 @@ def prepare_amass(
         min_frames: shorter clips are refused; 2 s without it.
         max_frames: clips of this many frames or more are refused; 10 s without it.
         strict: stop at the first refusal.
+        license: of the motions and captions, in words, for the manifest and model cards.
         overwrite: replace an existing dataset.
     """
     from scamo.data.prepare.amass import prepare_amass
@@ -222,6 +230,7 @@ def prepare_amass(
         min_frames=min_frames,
         max_frames=max_frames,
         strict=strict,
+        license=license,
         overwrite=overwrite,
     )
 

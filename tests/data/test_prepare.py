@@ -112,7 +112,8 @@ def make_folder(root, *, captions=None, splits=None, joints="joints", indices=(0
 
 def test_joints_and_their_mirrored_copies(tmp_path):
     source = make_folder(tmp_path / "source")
-    data = prepare_humanml3d(source, tmp_path / "set", min_frames=20, progress=False)
+    data = prepare_humanml3d(source, tmp_path / "set", min_frames=20, license="of a test", progress=False)
+    assert data.manifest["provenance"]["license"] == "of a test"
     assert data.clip_names == ["000000", "000001", "000002", "000003"] + [f"M00000{i}" for i in range(4)]
     for i in range(4):
         joints = np.load(source / f"joints/00000{i}.npy")

@@ -117,6 +117,7 @@ def prepare_amass(
     min_frames: int | None = None,
     max_frames: int | None = None,
     strict: bool = False,
+    license: str = "",
     overwrite: bool = False,
     progress: bool = True,
 ) -> MotionDataset:
@@ -137,6 +138,7 @@ def prepare_amass(
         min_frames: shorter clips and parts are refused. None: 2 s, as in the evaluation protocol.
         max_frames: clips and parts of this many frames or more are refused. None: 10 s.
         strict: stop at the first thing that is refused.
+        license: of the motions and captions, in words; it stands in the manifest and on model cards.
         overwrite: replace an existing dataset.
         progress: show a progress bar and print the report.
 
@@ -170,6 +172,7 @@ def prepare_amass(
     }
     provenance = {
         "source": "amass",
+        **({"license": license} if license else {}),
         "folder": amass_folder.resolve().name,
         "skeleton": skeleton,
         "mirror": mirror,

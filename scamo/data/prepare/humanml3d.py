@@ -48,6 +48,7 @@ def prepare_humanml3d(
     mirror: bool = True,
     min_frames: int = 40,
     max_frames: int = 200,
+    license: str = "",
     overwrite: bool = False,
     progress: bool = True,
 ) -> MotionDataset:
@@ -66,6 +67,7 @@ def prepare_humanml3d(
             are always used.
         min_frames: shorter clips and parts are refused.
         max_frames: clips and parts of this many frames or more are refused.
+        license: of the motions and captions, in words; it stands in the manifest and on model cards.
         overwrite: replace an existing dataset.
         progress: show a progress bar and print the report.
 
@@ -85,6 +87,7 @@ def prepare_humanml3d(
         skeleton = skeleton if offsets is None else "that of the stored vectors"
     provenance = {
         "source": "humanml3d",
+        **({"license": license} if license else {}),
         "folder": source.resolve().name,
         "skeleton": skeleton,
         "mirror": mirror,

@@ -78,6 +78,7 @@ def prepare_mocap(
     max_frames: int = 200,
     long: Literal["cut", "refuse"] = "cut",
     strict: bool = False,
+    license: str = "",
     overwrite: bool = False,
     progress: bool = True,
 ) -> MotionDataset:
@@ -111,6 +112,7 @@ def prepare_mocap(
         max_frames: clips of this many frames or more are cut or refused.
         long: "cut" or "refuse".
         strict: stop at the first refusal.
+        license: of the motions and captions, in words; it stands in the manifest and on model cards.
         overwrite: replace an existing dataset.
         progress: show a progress bar and print the report.
 
@@ -146,6 +148,7 @@ def prepare_mocap(
     splits = _splits([_subject(n) if split_by == "subject" else n for n in names], parts)
     provenance = {
         "source": "mocap",
+        **({"license": license} if license else {}),
         "folder": source.resolve().name,
         "joint_map": joint_map.name if joint_map else "by joint names",
         "captions": Path(captions).name if captions is not None else "beside the files",
