@@ -33,7 +33,10 @@ class ForwardConfig(NamedTuple):
 
 
 class BackwardConfig(NamedTuple):
-    """A key tile's program steps over `kv_queries` rows, a query tile's program over `q_keys` keys."""
+    """A key tile's program steps over `kv_queries` rows, a query tile's program over `q_keys` keys.
+
+    `registers`: the most that a thread may take, where ptxas would take more than it needs.
+    """
 
     kv_keys: int
     kv_queries: int
@@ -41,6 +44,7 @@ class BackwardConfig(NamedTuple):
     q_keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class SampleConfig(NamedTuple):
@@ -91,7 +95,9 @@ for _dim in (16, 32, 64):
 for _arch in (80, 90, 100):
     FORWARD[_arch, "half", 128] = 4 * (ForwardConfig(64, 32 if _arch == 100 else 64, 8, 2),)
     FORWARD[_arch, "single", 128] = 4 * (ForwardConfig(16, 32, 4, 1),)
-    BACKWARD[_arch, "single", 128] = 4 * (BackwardConfig(16, 16, 16, 16, 4, 1),)
+    BACKWARD[_arch, "single", 128] = 4 * (BackwardConfig(16, 16, 16, 16, 4, 1, 240),)
+# Four warps would spill.
+BACKWARD[100, "single", 128] = 4 * (BackwardConfig(16, 32, 16, 32, 8, 1, 240),)
 BACKWARD[80, "half", 128] = (
     SampleConfig(64, 64, 8, False),
     *3 * (BackwardConfig(32, 64, 64, 32, 8, 1),),
@@ -401,7 +407,9 @@ def _keys_step(
             bound = _bound(bounds, row, rows, prefix, PREFIX)
             p = tl.where(key[:, None] < bound[None, :], p, 0.0)
         grad_v = tl.dot(p.to(gt.dtype), gt, grad_v, input_precision=_PRECISION)
-        slope = p * (tl.dot(vt, tl.trans(gt), input_precision=_PRECISION) - delta[None, :])
+        # In a loop, a product that starts from -delta takes fewer registers than a difference.
+        less = tl.broadcast_to(-delta[None, :], p.shape)
+        slope = p * tl.dot(vt, tl.trans(gt), less, input_precision=_PRECISION)
         grad_k = tl.dot(slope.to(qt.dtype), qt, grad_k, input_precision=_PRECISION)
     return grad_k, grad_v
 
@@ -533,8 +541,9 @@ def backward_kernel(
                 gk, gv, kt, vt, key, q, out + own, grad + own, lse, bounds, full, rows, rows,
                 prefix, qk_scale, STRIDE_Q, STRIDE_O, D, BD, KV_BM, PREFIX, True,
             )  # fmt: skip
-            _store(grad_v + own_grad, key, rows, gv, STRIDE_G, D, BD)
-            _store_turned(grad_k + own_grad, key, rows, gk, scale, rope, STRIDE_G, D, BD, ROPE)
+            # `end` for `rows`: a mask of its own, or the loads' would be kept in registers through the loops.
+            _store(grad_v + own_grad, key, end, gv, STRIDE_G, D, BD)
+            _store_turned(grad_k + own_grad, key, end, gk, scale, rope, STRIDE_G, D, BD, ROPE)
     else:
         m0 = (part - key_tiles) * Q_BM
         if m0 < rows:
@@ -663,7 +672,7 @@ def _sample_tile(
                 kt, qt, key, row, out, grad, lse, bounds, rows, prefix, qk_scale, STRIDE_O, D, BD, PREFIX
             )
             gv = tl.dot(p.to(gt.dtype), gt, gv, input_precision=_PRECISION)
-            # In a loop, a product that starts from -delta takes fewer registers than a difference.
+            # As in _keys_step.
             less = tl.broadcast_to(-delta[None, :], (BN, BM))
             slope = p * tl.dot(vt, tl.trans(gt), less, input_precision=_PRECISION)
             slope = slope.to(qt.dtype)
@@ -676,8 +685,12 @@ def _sample_tile(
                 _store(sums, row, rows, gq, STRIDE_O, D, BD)
             else:
                 _store_turned(grad_q, row, rows, gq, scale, rope, STRIDE_G, D, BD, ROPE)
-        _store(grad_v, key, rows, gv, STRIDE_G, D, BD)
-        _store_turned(grad_k, key, rows, gk, scale, rope, STRIDE_G, D, BD, ROPE)
+        end = rows
+        if N0 == 0 and LAST:
+            # As in backward_kernel; two tiles need it not, and would spill on sm_100.
+            end = tl.minimum(BN, rows)
+        _store(grad_v, key, end, gv, STRIDE_G, D, BD)
+        _store_turned(grad_k, key, end, gk, scale, rope, STRIDE_G, D, BD, ROPE)
     return first
 
 
@@ -927,6 +940,7 @@ def backward(
             Q_BM=config.q_queries,
             Q_BN=config.q_keys,
             num_stages=config.stages,
+            maxnreg=config.registers,
         )
 
 

@@ -20,19 +20,23 @@ from scamo_kernels.reference import fsq_scale
 
 
 class Config(NamedTuple):
-    """A tile of rows x columns of hidden states, and the launch."""
+    """A tile of rows x columns of hidden states, and the launch.
+
+    `registers`: the most that a thread may take, where ptxas would take more than it needs.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # One table serves sm_80 and sm_90. Chosen by what ptxas reports: no spills, room for several blocks on a
 # multiprocessor, whole 128-bit loads; tests/kernels/test_fsq_project.py holds them to it. In the backward
 # 32 rows spill with four warps in half precision, and take over 240 registers with eight in float32.
 FORWARD = Config(32, 64, 4, 2)
-BACKWARD = {"half": Config(32, 64, 8, 2), "single": Config(16, 64, 4, 2)}
+BACKWARD = {"half": Config(32, 64, 8, 2), "single": Config(16, 64, 4, 2, 240)}
 # Tensor cores take no fewer channels.
 CHANNELS = 16
 # Partial sums are bounded by this many programs whatever the number of rows: 13 MiB at W 512, d 6.
@@ -297,6 +301,7 @@ def backward(
                 NATIVE=not interpreted(),
                 num_warps=config.warps,
                 num_stages=config.stages,
+                maxnreg=config.registers,
                 **pick(levels, bound, "HALF", "OFFSET", "SHIFT", "WIDTH", "SLOPE"),
             )
         # Without a row it writes the zeros.

@@ -73,25 +73,29 @@ def backward_kernel(
     BC: tl.constexpr,
     ADD: tl.constexpr,
 ):
+    row = tl.arange(0, BR)[:, None]
     column = tl.arange(0, BC)[None, :]
     inside = column < C
-    slope = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    at = row * C + column
     grad_weight = tl.zeros((BR, BC), tl.float32)
     for block in range(tl.program_id(0), blocks, programs):
-        row = (tl.zeros((BR,), tl.int64) + block) * BR + tl.arange(0, BR)
-        at = row[:, None] * C + column
-        mask = (row[:, None] < rows) & inside
-        value = tl.load(total + at, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-        inverse = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
+        # One 64-bit address for all threads, and 32 bits of their own.
+        first = tl.cast(block, tl.int64) * BR
+        here = row < rows - block * BR
+        mask = here & inside
+        # For every block again, from the L1 cache: kept in registers it would spill.
+        slope = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(total + first * C + at, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad + first * C + at, mask=mask, other=0.0).to(tl.float32)
+        inverse = tl.load(scale + first + row, mask=here, other=0.0)
         unit = value * inverse
         grad_weight += g * unit
         g *= slope
         along = tl.sum(g * unit, 1)[:, None] / C
         result = (g - unit * along) * inverse
         if ADD:
-            result += tl.load(grad_total + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx + at, result.to(dx.dtype.element_ty), mask=mask)
+            result += tl.load(grad_total + first * C + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + first * C + at, result.to(dx.dtype.element_ty), mask=mask)
     own = tl.program_id(0).to(tl.int64) * C + tl.arange(0, BC)
     tl.store(partial + own, tl.sum(grad_weight, 0), mask=tl.arange(0, BC) < C)
 

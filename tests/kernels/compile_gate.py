@@ -2,8 +2,9 @@
 
 Run as a script, since the Triton interpreter must be off in the process: it reads a JSON list of cases from
 stdin, {"kernel": module.function, "signature": {...}, "constants": {...}, "warps": w, "stages": s, "arch":
-80}, and writes a JSON list of {"registers", "stack", "spills", "loads", "wide_loads", "tensor_cores",
-"shared" (bytes), "tensor_memory" (columns), "triton" (its version)}.
+80, "registers": most of a thread or none}, and writes a JSON list of {"registers", "stack", "spills",
+"loads", "wide_loads" (of 16 bytes), "loads_of_8_bytes", "tensor_cores", "shared" (bytes), "tensor_memory"
+(columns), "triton" (its version)}.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ def compile_case(case: dict) -> dict[str, int | str]:
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", case["arch"], 32),
-        options={"num_warps": case["warps"], "num_stages": case["stages"]},
+        options={
+            "num_warps": case["warps"],
+            "num_stages": case["stages"],
+            "maxnreg": case.get("registers"),
+        },
     )
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
@@ -54,7 +59,8 @@ def compile_case(case: dict) -> dict[str, int | str]:
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        "wide_loads": len(re.findall(r"\b(?:LDG\.E(?:\.\w+)*\.128|LDGSTS\.E(?:\.\w+)*\.128)", sass)),
+        "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*\.128\b", sass)),
+        "loads_of_8_bytes": len(re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*\.64\b", sass)),
         "loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.E", sass)),
         # Of sm_80, sm_90 and sm_100.
         "tensor_cores": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", sass)),
