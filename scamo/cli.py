@@ -235,6 +235,27 @@ def prepare_amass(
     )
 
 
+@prepare.command(name="union")
+def prepare_union(
+    config: Positional[Path],
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None,
+    *,
+    set: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")]] = (),
+    overwrite: bool = False,
+) -> None:
+    """Build a union of prepared datasets: copies found, static clips left out, no source clip in two splits.
+
+    Args:
+        config: the TOML that names the sources, as configs/motionunion.toml.
+        out: the dataset folder to write, instead of the config's.
+        set: override a key of the config; may be repeated.
+        overwrite: replace an existing dataset.
+    """
+    from scamo.data.prepare.union import prepare_union
+
+    prepare_union(config, out, overrides=set, overwrite=overwrite)
+
+
 @data.command(name="check")
 def data_check(
     dataset: Positional[Path],
