@@ -39,7 +39,7 @@ def write(folder, clips, **options):
 def union(tmp_path, sources, name="union", **options):
     """Of {name: (folder, options)}."""
     made = tuple(
-        SourceConfig(name=n, dataset=f, licence=f"licence {n}", **o) for n, (f, o) in sources.items()
+        SourceConfig(name=n, dataset=f, **{"license": f"licence {n}"} | o) for n, (f, o) in sources.items()
     )
     config = UnionConfig(sources=made, **{"min_frames": 20} | options)
     return prepare_union(config, tmp_path / name, progress=False)
@@ -92,7 +92,7 @@ def test_leaks_copies_and_static_clips(tmp_path, sources):
     # The official source is as it was.
     for clip, name in enumerate(a.clip_names):
         split, meta, at = found["a", name]
-        assert (split, meta["licence"]) == (a.clip_splits[clip], "licence a")
+        assert (split, meta["license"]) == (a.clip_splits[clip], "licence a")
         assert data.clip_names[at] == name
         np.testing.assert_array_equal(data.clip_features(at), a.clip_features(clip))
     # What is cut out of a test clip, or mirrors a val clip, stays out of train.
@@ -134,6 +134,7 @@ def test_leaks_copies_and_static_clips(tmp_path, sources):
     assert rows["b"]["refused"] == {reason: 1 for reason, _ in refused.values()}
     assert rows["b"]["copies"] == {"part": 1, "mirrored": 1}
     assert rows["a"]["captions"] == a.n_captions + 1
+    assert provenance["license"] == "a: licence a; b: licence b"
     assert sum(row["hours"] for row in rows.values()) == pytest.approx(
         data.manifest["counts"]["frames"] / 72000
     )
@@ -207,17 +208,19 @@ def test_weight_limit_take_exclude_and_drop(tmp_path, sources):
 def test_variants_by_name_and_recordings_by_table(tmp_path):
     plain = write(tmp_path / "plain", {"x": (motion(1), "test"), "y": (motion(2), "train")})
     phys = write(tmp_path / "phys", {"x": (motion(3), "train"), "y_phys": (motion(4), "test")})
-    cut = write(tmp_path / "cut", {"p": (motion(5), "train"), "q": (motion(8), "val")})
+    clips = {"p": (motion(5), "train"), "q": (motion(8), "val")}
+    cut = write(tmp_path / "cut", clips, provenance={"license": "CC0"})
     table = tmp_path / "index.csv"
     table.write_text("source_path,start_frame,end_frame,new_name\nr.npy,0,9,p.npy\nr.npy,9,20,q.npy\n")
     sources = {
         "plain": (plain, {"split": "official"}),
         "phys": (phys, {"split": "official", "variant_of": "plain"}),
-        "cut": (cut, {"split": "official", "recordings": str(table)}),
+        "cut": (cut, {"split": "official", "recordings": str(table), "license": ""}),
     }
     data = union(tmp_path, sources)
     found = by_original(data)
     assert found["phys", "x"][0] == "test"
+    assert found["cut", "p"][1]["license"] == "CC0", "what the dataset says of itself"
     assert found["phys", "y_phys"][0] == "train"
     reasons = {(note["name"], note["reason"]) for note in data.manifest["notes"]}
     assert ("phys/x", "moved to the split of its recording") in reasons
@@ -240,8 +243,8 @@ def toml(path, sources, head=""):
 
 def test_a_config_file_gives_the_same(tmp_path, sources):
     listed = [
-        {"name": "a", "dataset": sources["a"], "licence": "licence a", "split": "official"},
-        {"name": "b", "dataset": sources["b"], "licence": "licence b"},
+        {"name": "a", "dataset": sources["a"], "license": "licence a", "split": "official"},
+        {"name": "b", "dataset": sources["b"], "license": "licence b"},
     ]
     data = prepare_union(toml(tmp_path / "u.toml", listed), progress=False, overrides=["seed=3"])
     assert data.folder == tmp_path / "out"
@@ -261,12 +264,12 @@ def test_bad_input_names_file_and_key(tmp_path, sources):
         writer.add_clip("x", np.random.default_rng(0).normal(size=(50, 272)), "train", [Caption("x")])
     with DatasetWriter(tmp_path / "odd", feature_dim=5) as writer:
         writer.add_clip("x", np.zeros((50, 5), np.float32), "train", [Caption("x")])
-    good = {"name": "a", "dataset": sources["a"], "licence": "x"}
+    good = {"name": "a", "dataset": sources["a"], "license": "x"}
     table = tmp_path / "bad.csv"
     table.write_text("a,b\n1,2\n")
 
     def second(**options):
-        return [good, {"name": "c", "dataset": sources["b"], "licence": "x"} | options]
+        return [good, {"name": "c", "dataset": sources["b"], "license": "x"} | options]
 
     cases = [
         (second(dataset=str(tmp_path / "none")), "", r"sources\[1\].dataset: .*none: no such dataset folder"),
@@ -284,7 +287,7 @@ def test_bad_input_names_file_and_key(tmp_path, sources):
         (second(weight=float("nan")), "", r"weight = nan"),
         (second(limit=-1), "", r"limit = -1: expected 0 or more"),
         (second(exclude="("), "", r"exclude = '\(': not a regular expression"),
-        (second(licence=" "), "", r"licence is empty"),
+        (second(license=" "), "", r"sources\[1\].license: .*b states none"),
         (second(variant_of="z"), "", r"sources\[1\].variant_of = 'z': expected an earlier source's name"),
         (
             second(recordings=str(tmp_path / "no.csv")),
@@ -293,7 +296,7 @@ def test_bad_input_names_file_and_key(tmp_path, sources):
         ),
         (second(recordings=str(table)), "", r"sources\[1\].recordings: .*has the columns \['a', 'b'\]"),
         (second(wieght=1.0), "", r"unknown key sources\[1\].wieght; did you mean sources\[1\].weight"),
-        ([{"name": "a", "licence": "x"}], "", r"missing key sources\[0\].dataset"),
+        ([{"name": "a", "license": "x"}], "", r"missing key sources\[0\].dataset"),
         ([], "sources = []", "sources is empty"),
         (second(), "split = [0.5, 0.5]", r"split = \[0.5, 0.5\]: expected parts"),
         (second(), "near_mm = -1", "near_mm = -1.0: expected a positive number"),

@@ -38,7 +38,7 @@ class SourceConfig:
 
     name: what its clips are said to come from; a prefix for names that an earlier source has too.
     dataset: its folder, as another `scamo prepare` wrote it.
-    licence: kept with every clip.
+    license: kept with every clip; "" takes what the dataset says of itself.
     split: "official" keeps the split that the dataset has; "assign" shares its source clips out.
     take: the splits of it that are used. Clips of the others are only kept out of the wrong splits.
     weight: share of its training source clips that is taken, above 0 and up to 1; limit: how many of its
@@ -52,7 +52,7 @@ class SourceConfig:
 
     name: str
     dataset: str
-    licence: str
+    license: str = ""
     split: str = "assign"
     take: tuple[str, ...] = SPLITS
     weight: float = 1.0
@@ -65,9 +65,8 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.+-]+", self.name):
             raise ScaMoError(f"name = {self.name!r}: expected letters, digits and _ . + -")
-        for key in ("dataset", "licence"):
-            if not getattr(self, key).strip():
-                raise ScaMoError(f"{key} is empty")
+        if not self.dataset:
+            raise ScaMoError("dataset is empty")
         if self.split not in ("official", "assign"):
             raise ScaMoError(f"split = {self.split!r}: expected official or assign")
         if not self.take or set(self.take) - set(SPLITS) or len(set(self.take)) < len(self.take):
@@ -247,7 +246,7 @@ def union_table(dataset: MotionDataset) -> str:
     frames = sum(source["frames"] for source in sources)
     total = {
         "name": "all",
-        "licence": "",
+        "license": "",
         "split": "",
         "clips": clips,
         "source_clips": provenance["source_clips"],
@@ -259,7 +258,7 @@ def union_table(dataset: MotionDataset) -> str:
     for row in [*sources, total]:
         places = " | ".join(f"{row['splits'][split]:,d}" for split in SPLITS)
         lines.append(
-            f"| {row['name']} | {row['licence']} | {row['split']} | {row['clips']:,d} "
+            f"| {row['name']} | {row['license']} | {row['split']} | {row['clips']:,d} "
             f"| {row['source_clips']:,d} | {row['hours']:,.2f} | {row['captions']:,d} "
             f"| {row['mean_seconds']:.2f} | {places} |"
         )
@@ -270,10 +269,15 @@ def union_table(dataset: MotionDataset) -> str:
             for source in sources
             for what, count in source[key].items()
         ]
+    lines += [""] if provenance["straddling"] else []
     for straddle in provenance["straddling"]:
         places = ", ".join(f"{len(names)} in {split}" for split, names in straddle["splits"].items())
-        lines += ["", f"{straddle['source']}'s own split parts {straddle['recording']}: {places}."]
+        lines.append(f"- {straddle['source']}'s own split parts {straddle['recording']}: {places}.")
     return "\n".join(lines)
+
+
+def _license(source: SourceConfig, data: MotionDataset) -> str:
+    return source.license.strip() or str(data.manifest["provenance"].get("license", "")).strip()
 
 
 def _described(config: UnionConfig, folder: Path) -> dict[str, Any]:
@@ -295,6 +299,10 @@ def _open(config: UnionConfig, where: str) -> list[MotionDataset]:
             raise ScaMoError(f"{key}: {error}") from None
         if Representation.find(data.feature_dim) is None:
             raise ScaMoError(f"{key}: {data.folder} has {data.feature_dim} features, which none is known of")
+        if not _license(source, data):
+            raise ScaMoError(
+                f"{where}: sources[{at}].license: {data.folder} states none, so it must be given here"
+            )
         again = folders.setdefault(data.folder.resolve(), at)
         if again != at:
             raise ScaMoError(f"{key} = {source.dataset!r}: is sources[{again}].dataset too")
@@ -529,7 +537,7 @@ def _write(
         meta = data.clip_meta(clip.index) | {
             "source": source.name,
             "original_name": clip.name,
-            "licence": source.licence,
+            "license": _license(source, data),
             "source_clip": source_clips[at],
         }
         if clip.copies:
@@ -602,7 +610,7 @@ def _report(
         sources.append(
             {
                 "name": source.name,
-                "licence": source.licence,
+                "license": _license(source, data),
                 "split": source.split,
                 "manifest_sha256": data.manifest_sha256,
                 "provenance": data.manifest["provenance"],
@@ -618,7 +626,9 @@ def _report(
             }
         )
     sizes = Counter(groups[i] for i in captions)
+    licenses = [f"{row['name']}: {row['license']}" for row in sources if row["clips"]]
     return {
+        "license": "; ".join(licenses),
         "sources": sources,
         "source_clips": len(sizes),
         "largest_source_clip": max(sizes.values(), default=0),
