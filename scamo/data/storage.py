@@ -235,6 +235,15 @@ def check_files(folder: Path, manifest: dict[str, Any], *, hashes: bool) -> None
             raise ScaMoError(f"{path}: corrupt: its SHA-256 is not the one in the manifest")
 
 
+def decode_utf8(data: bytes, label: str) -> str:
+    """Text without a byte order mark; ScaMoError naming `label`, the line and the byte that is none."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ScaMoError(f"{label}:{line}: not UTF-8 (byte {error.object[error.start]:#04x})") from None
+
+
 def map_array(folder: Path, name: str, manifest: dict[str, Any]) -> NDArray:
     """Memory-map folder/name read-only; dtype and shape must be those of the manifest.
 

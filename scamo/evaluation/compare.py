@@ -190,7 +190,7 @@ def _check_prompts(prompts: Sequence[Prompt]) -> None:
 
 def _entries(runs: Sequence[str | Path], names: Sequence[str] | None) -> list[_Run]:
     """The runs, read as far as it takes to know that they can be compared: before any of them generates."""
-    from scamo.generation.export import read_export, weights_file
+    from scamo.generation.export import exported_folder, read_export, weights_file
     from scamo.tokenizers import load_tokenizer
 
     paths = [Path(run) for run in runs]
@@ -208,9 +208,7 @@ def _entries(runs: Sequence[str | Path], names: Sequence[str] | None) -> list[_R
     entries: list[_Run] = []
     slugs = _distinct([re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run" for name in names])
     for path, name, slug in zip(paths, names, slugs, strict=True):
-        folder = path / "export" if (path / "export").is_dir() else path
-        if folder == path and (path / "checkpoints").is_dir():
-            raise ScaMoError(f"{path / 'export'}: no such folder; the run has not finished")
+        folder = exported_folder(path)
         description, config = read_export(folder)
         tokenizer = load_tokenizer(folder / "tokenizer")
         entry = _Run(

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scamo.data.storage import decode_utf8
 from scamo.errors import ScaMoError
 from scamo.motion.files import replacing
 
@@ -91,14 +92,9 @@ def load_prompt_file(path: str | Path) -> list[Prompt]:
 
 def _read(path: Path) -> str:
     try:
-        data = path.read_bytes()
+        return decode_utf8(path.read_bytes(), str(path))
     except OSError as error:
         raise ScaMoError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ScaMoError(f"{path}:{line}: not UTF-8 (byte {data[error.start] if data else 0:#04x})") from None
 
 
 def _from_text(path: Path, source: str) -> Iterable[tuple[str, Prompt]]:

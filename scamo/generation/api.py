@@ -18,7 +18,7 @@ from scamo.config import ModelConfig
 from scamo.data.text import TextEncoder
 from scamo.errors import ScaMoError
 from scamo.generation.engine import Engine, Request, check_guidance, collect
-from scamo.generation.export import check_codes, load_transformer, read_export, weights_file
+from scamo.generation.export import check_codes, exported_folder, load_transformer, read_export, weights_file
 from scamo.generation.long import (
     CONTEXT,
     WINDOW,
@@ -96,12 +96,7 @@ class ScaMo:
             raise ScaMoError(f"dtype = {dtype!r}: expected {' or '.join(DTYPES)}")
         if DTYPES[dtype] == torch.bfloat16:
             check_bf16(target)
-        if (folder / "export").is_dir():
-            folder = folder / "export"
-        elif (folder / "checkpoints").is_dir():
-            raise ScaMoError(
-                f"{folder / 'export'}: no such folder; the run has not finished: train.py --resume"
-            )
+        folder = exported_folder(folder)
         description, config = read_export(folder)
         tokenizer = load_tokenizer(folder / "tokenizer", target)
         check_codes(config, tokenizer, str(folder / "tokenizer"))

@@ -25,6 +25,9 @@ PIPELINE = "text-to-3d"  # the nearest that the hub has
 SOURCES = {
     "synthetic": ("procedural clips and captions (`scamo prepare synthetic`): nobody's recordings", False),
     "humanml3d": ("motion capture and captions in HumanML3D's layout (`scamo prepare humanml3d`)", True),
+    "mocap": ("motion capture from BVH or ASF/AMC files (`scamo prepare mocap`)", True),
+    "amass": ("AMASS with HumanML3D's captions (`scamo prepare amass`)", True),
+    "union": ("a mixture of datasets (`scamo prepare union`)", True),
 }
 TRAINING = (
     "steps",

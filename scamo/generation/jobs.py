@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 import scamo
-from scamo.data.storage import DISK_ERRORS, file_record, read_manifest, sha256_of, write_manifest
+from scamo.data.storage import DISK_ERRORS, decode_utf8, file_record, read_manifest, sha256_of, write_manifest
 from scamo.errors import ScaMoError
 from scamo.motion.motion import SUFFIXES, Motion
 
@@ -40,12 +40,8 @@ FORMAT = "scamo-motions"
 SCHEMA_VERSION = 1
 CHUNK = 4
 PROMPT_SUFFIXES = (".txt", ".jsonl", ".csv")
-LENGTHS = (
-    "min_tokens",
-    "min_seconds",
-    "max_tokens",
-    "max_seconds",
-)  # of prompts without seconds of their own
+# Of prompts without seconds of their own.
+LENGTHS = ("min_tokens", "min_seconds", "max_tokens", "max_seconds")
 
 _MOTIONS = "motions.jsonl"
 _SCRATCH = ".writing"
@@ -87,13 +83,8 @@ def read_prompts(source: str | Path) -> list[Prompt]:
         data = sys.stdin.buffer.read() if label == "stdin" else Path(source).read_bytes()
     except OSError as error:
         raise ScaMoError(f"{label}: cannot be read: {error.strerror}") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ScaMoError(f"{label}:{line}: not UTF-8 (byte {error.object[error.start]:#04x})") from None
     # Not splitlines: a sentence may hold U+2028.
-    lines = text.split("\n")
+    lines = decode_utf8(data, label).split("\n")
     read: Callable[[str, list[str]], Iterable[Prompt]]
     read = {".txt": _from_text, ".jsonl": _from_objects, ".csv": _from_table}[suffix]
     prompts = list(read(label, lines))
