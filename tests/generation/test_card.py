@@ -7,9 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-import transformers
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from scamo.config import ModelConfig, TokenizerConfig
 from scamo.data.dataset import Caption, DatasetWriter
@@ -21,7 +19,6 @@ from scamo.generation.export import export_model, identify, publish, write_expor
 from scamo.tokenizers import load_tokenizer
 from scamo.tokenizers.autoencoder import FSQAutoencoder
 
-WORDS = ["<pad>", "</s>", "<unk>", "a", "person", "walks", "runs"]
 CONFIG = ModelConfig(
     size="", layers=1, heads=2, width=16, codes=25, text_width=12, max_text=16, max_motion=10
 )
@@ -55,20 +52,11 @@ def write_report(path, **changes):
 
 
 @pytest.fixture(scope="module")
-def source(make_model, tmp_path_factory):
+def source(make_model, encoder, tmp_path_factory):
     """A run with an average of the weights, its dataset and a report, as training and evaluation leave it."""
     folder = tmp_path_factory.mktemp("source")
     torch.manual_seed(0)
-    bert = transformers.BertConfig(
-        vocab_size=len(WORDS), hidden_size=12, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, max_position_embeddings=32,
-    )  # fmt: skip
-    transformers.BertModel(bert).save_pretrained(folder / "encoder")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder / "encoder")
+    shutil.copytree(encoder, folder / "encoder")
     with DatasetWriter(folder / "data", provenance={"source": "humanml3d"}) as writer:
         writer.add_clip("one", np.zeros((40, 263), np.float32), "train", [Caption("a person walks")])
     digest = sha256_of(folder / "data" / "manifest.json")

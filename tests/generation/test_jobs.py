@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +11,7 @@ import time
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from scamo import cli
 from scamo.config import ModelConfig, TokenizerConfig
@@ -24,7 +23,6 @@ from scamo.generation.jobs import check_formats, generate_folder, prompts_of, re
 from scamo.motion.motion import Motion
 from scamo.tokenizers.autoencoder import FSQAutoencoder
 
-WORDS = ["<pad>", "</s>", "<unk>", "a", "person", "walks", "runs", "jumps"]
 CONFIG = ModelConfig(
     size="", layers=1, heads=2, width=16, codes=25, text_width=12, max_text=16, max_motion=10
 )
@@ -33,19 +31,10 @@ SMALL = {"device": "cpu", "batch_size": 1, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def exported(make_model, tmp_path_factory):
+def exported(make_model, encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    bert = transformers.BertConfig(
-        vocab_size=len(WORDS), hidden_size=12, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, max_position_embeddings=32,
-    )  # fmt: skip
-    transformers.BertModel(bert).save_pretrained(folder / "encoder")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder / "encoder")
+    shutil.copytree(encoder, folder / "encoder")
     config = TokenizerConfig(levels=(5, 5), width=16, latent_width=8, depth=1)
     FSQAutoencoder(config, torch.zeros(263), torch.full((263,), 0.5)).save(folder / "tokenizer")
     state = make_model(CONFIG).state_dict()
