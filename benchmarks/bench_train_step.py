@@ -315,10 +315,10 @@ ENGINES = ["plain loop", "zero-1", "zero-2", "zero-3"]
 
 
 @pytest.mark.parametrize("ranks", ["cpu"], indirect=True)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("config", "dtype"), CPU_CASES, ids=lambda x: str(getattr(x, "width", x)))
 @pytest.mark.parametrize("name", ENGINES)
-def test_engine_step_on_a_cpu(measure, ranks, name, dtype):
-    _engine_step(measure, name, SMALL, 4096, dtype, ranks.device)
+def test_engine_step_on_a_cpu(measure, ranks, name, config, dtype):
+    _engine_step(measure, name, config, 4096, dtype, ranks.device)
 
 
 @pytest.mark.gpu
