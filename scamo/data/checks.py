@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -238,7 +237,7 @@ class _Checker:
         with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=not self.progress) as bar:
             for path, file, record in present:
                 try:
-                    digest = _sha256(path, bar.update)
+                    digest = storage.sha256_of(path, bar.update)
                 except OSError as error:
                     self.error("unreadable", file, "", f"cannot be read: {error.strerror}", "a readable file")
                     continue
@@ -815,16 +814,6 @@ class _Checker:
             if lengths[row] != count:
                 where = f"text {row} ({self.texts[owners[row]][:40]!r})"
                 self.error("text length", file, where, f"{lengths[row]} states", f"{count}, its word pieces")
-
-
-def _sha256(path: Path, update: Callable[[int], object]) -> str:
-    """As `storage.sha256_of`, telling how far it is."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(storage.CHUNK_BYTES):
-            digest.update(chunk)
-            update(len(chunk))
-    return digest.hexdigest()
 
 
 def _owners(offsets: NDArray, rows: NDArray) -> Iterator[tuple[int, int, int]]:

@@ -176,12 +176,13 @@ def write_array(path: Path, array: NDArray) -> dict[str, Any]:
     return stream.close()
 
 
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
+def sha256_of(path: Path, update: Callable[[int], object] = lambda count: None) -> str:
+    """Hex SHA-256 of a file; `update` is told how many bytes were read each time."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+            update(len(chunk))
     return digest.hexdigest()
 
 
@@ -242,6 +243,22 @@ def decode_utf8(data: bytes, label: str) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ScaMoError(f"{label}:{line}: not UTF-8 (byte {error.object[error.start]:#04x})") from None
+
+
+def json_lines(text: str, label: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each object of JSON lines, and its place `label:line`; blank lines are skipped. Raises ScaMoError."""
+    # Not splitlines: a sentence may hold U+2028, which JSON does not escape.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{label}:{number}"
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ScaMoError(f"{where}: not valid JSON: {error.msg}") from None
+        if not isinstance(entry, dict):
+            raise ScaMoError(f"{where}: expected an object, got {type(entry).__name__}")
+        yield where, entry
 
 
 def map_array(folder: Path, name: str, manifest: dict[str, Any]) -> NDArray:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scamo.data.storage import decode_utf8
+from scamo.data.storage import decode_utf8, json_lines
 from scamo.errors import ScaMoError
 from scamo.motion.files import replacing
 
@@ -119,17 +119,7 @@ def _from_list(path: Path, source: str) -> Iterable[tuple[str, Prompt]]:
 
 
 def _from_objects(path: Path, source: str) -> Iterable[tuple[str, Prompt]]:
-    # Not splitlines: a sentence may hold U+2028, which JSON does not escape.
-    for number, line in enumerate(source.split("\n"), start=1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ScaMoError(f"{where}: not valid JSON: {error.msg}") from None
-        if not isinstance(entry, dict):
-            raise ScaMoError(f"{where}: expected an object, got {type(entry).__name__}")
+    for where, entry in json_lines(source, str(path)):
         if "text" not in entry:
             raise ScaMoError(f'{where}: missing key "text", found {sorted(entry)}')
         for key in ("text", "group", "tokens"):

@@ -29,7 +29,15 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 import scamo
-from scamo.data.storage import DISK_ERRORS, decode_utf8, file_record, read_manifest, sha256_of, write_manifest
+from scamo.data.storage import (
+    DISK_ERRORS,
+    decode_utf8,
+    file_record,
+    json_lines,
+    read_manifest,
+    sha256_of,
+    write_manifest,
+)
 from scamo.errors import ScaMoError
 from scamo.motion.motion import SUFFIXES, Motion
 
@@ -83,38 +91,29 @@ def read_prompts(source: str | Path) -> list[Prompt]:
         data = sys.stdin.buffer.read() if label == "stdin" else Path(source).read_bytes()
     except OSError as error:
         raise ScaMoError(f"{label}: cannot be read: {error.strerror}") from None
-    # Not splitlines: a sentence may hold U+2028.
-    lines = decode_utf8(data, label).split("\n")
-    read: Callable[[str, list[str]], Iterable[Prompt]]
+    text = decode_utf8(data, label)
+    read: Callable[[str, str], Iterable[Prompt]]
     read = {".txt": _from_text, ".jsonl": _from_objects, ".csv": _from_table}[suffix]
-    prompts = list(read(label, lines))
+    prompts = list(read(label, text))
     if not prompts:
         raise ScaMoError(f"{label}: holds no prompts")
     return prompts
 
 
-def _from_text(label: str, lines: list[str]) -> Iterator[Prompt]:
-    for number, line in enumerate(lines, start=1):
+def _from_text(label: str, text: str) -> Iterator[Prompt]:
+    # Not splitlines: a sentence may hold U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield _prompt(f"{label}:{number}", {"text": line})
 
 
-def _from_objects(label: str, lines: list[str]) -> Iterator[Prompt]:
-    for number, line in enumerate(lines, start=1):
-        where = f"{label}:{number}"
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ScaMoError(f"{where}: not valid JSON: {error.msg}") from None
-        if not isinstance(entry, dict):
-            raise ScaMoError(f"{where}: expected an object, got {type(entry).__name__}")
+def _from_objects(label: str, text: str) -> Iterator[Prompt]:
+    for where, entry in json_lines(text, label):
         yield _prompt(where, entry)
 
 
-def _from_table(label: str, lines: list[str]) -> Iterator[Prompt]:
-    rows = csv.DictReader((f"{line}\n" for line in lines), strict=True, skipinitialspace=True)
+def _from_table(label: str, text: str) -> Iterator[Prompt]:
+    rows = csv.DictReader((f"{line}\n" for line in text.split("\n")), strict=True, skipinitialspace=True)
     try:
         for row in rows:
             where = f"{label}:{rows.line_num}"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from scamo.data.dataset import MotionDataset
-from scamo.data.prepare.humanml3d import parse_caption, prepare_humanml3d
+from scamo.data.prepare.humanml3d import prepare_humanml3d
+from scamo.data.prepare.layout import parse_caption
 from scamo.data.prepare.synthetic import prepare_synthetic
 from scamo.errors import ScaMoError
 from scamo.motion.features import features_to_joints, joints_to_features, offsets_from_joints

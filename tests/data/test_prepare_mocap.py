@@ -172,7 +172,7 @@ def test_skeletons(source, tmp_path):
         found = offsets_from_joints(features_to_joints(data.clip_features(0)[:1])[0])
         np.testing.assert_allclose(np.linalg.norm(found, axis=-1), lengths, atol=1e-4)
     np.save(tmp_path / "bad.npy", DEFAULT_OFFSETS[:5])
-    with pytest.raises(ScaMoError, match=r"bad\.npy: expected \(22, 3\) finite metres"):
+    with pytest.raises(ScaMoError, match=r"bad\.npy: .*expected \(22, 3\) finite metres"):
         run(source, tmp_path / "bad", target_offsets=tmp_path / "bad.npy")
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from scamo.config import EvaluatorRunConfig, load_config
 from scamo.data.dataset import MotionDataset
-from scamo.data.prepare.humanml3d import parse_caption, prepare_humanml3d
+from scamo.data.prepare.humanml3d import prepare_humanml3d
+from scamo.data.prepare.layout import parse_caption
 from scamo.data.text import encode_text
 from scamo.evaluation.evaluator import load_evaluator
 from scamo.evaluation.items import source_clips

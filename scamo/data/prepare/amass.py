@@ -24,13 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from scamo.data.dataset import SPLITS, Caption, DatasetWriter, MotionDataset
-from scamo.data.prepare.humanml3d import (
+from scamo.data.dataset import Caption, DatasetWriter, MotionDataset
+from scamo.data.prepare.layout import (
     Refusal,
+    check_texts,
     load_array,
     read_captions,
     read_offsets,
     read_text,
+    split_lists,
     uniform_features,
 )
 from scamo.errors import ScaMoError
@@ -514,21 +516,12 @@ def _by_source(rows: list[_Row]) -> Iterator[_Row]:
 
 def _read_splits(texts: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """The split of every name, and the names that come again, which stay where they were first."""
-    if not (texts / "texts").is_dir():
-        raise ScaMoError(f"{texts / 'texts'}: no such folder; expected captions as texts/NAME.txt")
+    check_texts(texts)
     names: dict[str, str] = {}
     twice = []
-    for split in SPLITS:
-        path = texts / f"{split}.txt"
-        if not path.is_file():
-            if split == "train":
-                raise ScaMoError(
-                    f"{path}: no such file; expected the names of the training clips, one a line"
-                )
-            continue
-        for line, name in enumerate(map(str.strip, read_text(path).splitlines()), 1):
-            if name in names:
-                twice.append((name, f"{path.name} line {line}: it is in {names[name]} already"))
-            elif name:
-                names[name] = split
+    for split, name, where in split_lists(texts):
+        if name in names:
+            twice.append((name, f"{texts / where}: it is in {names[name]} already"))
+        else:
+            names[name] = split
     return names, twice

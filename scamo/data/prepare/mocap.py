@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scamo.data.dataset import SPLITS, Caption, DatasetWriter, MotionDataset
-from scamo.data.prepare.humanml3d import parse_caption
+from scamo.data.prepare.layout import Refusal, caption_file, read_offsets
 from scamo.errors import ScaMoError
 from scamo.motion.asf import DEFAULT_FPS, Skeleton, find_asf, read_amc, read_asf
 from scamo.motion.bvh import read_bvh
@@ -30,20 +30,12 @@ from scamo.motion.features import joints_to_features
 from scamo.motion.hierarchy import Animation
 from scamo.motion.joint_maps import JointMap, check_up, unit_of
 from scamo.motion.retarget import Retargeted, retarget
-from scamo.motion.skeleton import N_JOINTS, mirror_joints, swap_sides
+from scamo.motion.skeleton import mirror_joints, swap_sides
 
 SUFFIXES = (".bvh", ".amc")
 COLUMNS = ("name", "caption", "label", "start", "end", "split", "fps")
 # Nobody moves so fast, metres a second: the capture lost the body.
 FASTEST = 20.0
-
-
-class _Refusal(Exception):
-    """Why a clip is left out."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
 
 
 @dataclass
@@ -138,11 +130,11 @@ def prepare_mocap(
         "fps": fps,
         "units": None if units is None else unit_of(units),
         "up": None if up is None else check_up(up),
-        "target_offsets": None if rest_pose is None else _offsets(Path(rest_pose)),
+        "target_offsets": None if rest_pose is None else read_offsets(Path(rest_pose)),
     }
     if joint_map is not None and not isinstance(joint_map, JointMap):
         joint_map = JointMap.load(joint_map)
-    offsets = None if target_offsets is None else _offsets(Path(target_offsets))
+    offsets = None if target_offsets is None else read_offsets(Path(target_offsets))
     names = _names(source, files)
     table = None if captions is None else _Table(Path(captions), source, files)
     splits = _splits([_subject(n) if split_by == "subject" else n for n in names], parts)
@@ -181,7 +173,7 @@ def prepare_mocap(
             try:
                 if entry.split is not None:
                     if entry.split not in SPLITS:
-                        raise _Refusal("unknown split", f"{entry.split!r}, expected {', '.join(SPLITS)}")
+                        raise Refusal("unknown split", f"{entry.split!r}, expected {', '.join(SPLITS)}")
                     where = entry.split
                 described = _captions(path, entry, table is not None, template, name, where, writer)
                 animation = _read(path, entry.fps or source_fps, skeletons)
@@ -202,10 +194,10 @@ def prepare_mocap(
                     for detail in wrong:
                         writer.refuse(name, "bad time tags", split=where, kind="caption", detail=detail)
                     if not pieces:
-                        raise _Refusal("no usable caption", f"{len(described)} captions in all")
+                        raise Refusal("no usable caption", f"{len(described)} captions in all")
                 for piece in pieces:
                     _add(writer, name, where, body, piece, cut, offsets, mirror, meta)
-            except _Refusal as refusal:
+            except Refusal as refusal:
                 writer.refuse(name, refusal.reason, split=where, detail=refusal.detail)
             _stop_if(strict, writer, before)
         for entry_name, entry in table.unused() if table else []:
@@ -273,17 +265,6 @@ def _splits(keys: list[str], parts: tuple[float, ...]) -> dict[str, str]:
     return found
 
 
-def _offsets(path: Path) -> NDArray[np.float64]:
-    try:
-        offsets = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ScaMoError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
-    shape = getattr(offsets, "shape", None)
-    if shape != (N_JOINTS, 3) or offsets.dtype.kind != "f" or not np.isfinite(offsets).all():
-        raise ScaMoError(f"{path}: expected ({N_JOINTS}, 3) finite metres, got shape {shape}")
-    return offsets.astype(np.float64)
-
-
 def _read(path: Path, fps: float | None, skeletons: dict[Path, Skeleton]) -> Animation:
     try:
         if path.suffix.lower() == ".bvh":
@@ -294,20 +275,20 @@ def _read(path: Path, fps: float | None, skeletons: dict[Path, Skeleton]) -> Ani
             skeletons[asf] = read_asf(asf)
         return read_amc(path, skeletons[asf], fps=fps or DEFAULT_FPS)
     except ScaMoError as error:
-        raise _Refusal("motion file unreadable", str(error)) from None
+        raise Refusal("motion file unreadable", str(error)) from None
 
 
 def _body(animation: Animation, joint_map: JointMap | None, settings: dict[str, Any]) -> Retargeted:
     try:
         body = retarget(animation, joint_map, **settings)
     except ScaMoError as error:
-        raise _Refusal("cannot be retargeted", str(error)) from None
+        raise Refusal("cannot be retargeted", str(error)) from None
     if len(body.joints) < 2:
-        raise _Refusal("too short", f"{len(body.joints)} frames at {body.fps:g} fps, expected at least 2")
+        raise Refusal("too short", f"{len(body.joints)} frames at {body.fps:g} fps, expected at least 2")
     speeds = np.linalg.norm(np.diff(body.joints[:, 0], axis=0), axis=-1) * body.fps
     if not speeds.max() < FASTEST:
         frame = int(speeds.argmax()) + 1
-        raise _Refusal("the root jumps", f"{speeds.max():.0f} m/s at frame {frame} of {body.fps:g} fps")
+        raise Refusal("the root jumps", f"{speeds.max():.0f} m/s at frame {frame} of {body.fps:g} fps")
     return body
 
 
@@ -381,48 +362,25 @@ def _captions(
     if not has_table:
         beside = path.with_suffix(".txt")
         if beside.is_file():
-            return _caption_file(beside, name, split, writer)
+            return caption_file(beside, beside.name, name, split, writer)
         if template is None:
-            raise _Refusal("caption file missing", beside.name)
+            raise Refusal("caption file missing", beside.name)
     if template is None:
-        raise _Refusal("no caption", "the table has none for it")
+        raise Refusal("no caption", "the table has none for it")
     if has_table and entry.label is None and not entry.used:
-        raise _Refusal("no label", "the table does not name it")
+        raise Refusal("no label", "the table does not name it")
     stem = _as_text(path.stem)
     label = entry.label if entry.label is not None else label_of(stem)
     try:
         return [Caption(template.format(*stem.split("_"), label=label, name=stem), meta={"label": label})]
     except (IndexError, KeyError, ValueError, AttributeError) as error:
-        raise _Refusal("the template does not fit", f"{template!r} on {stem!r}: {error}") from None
+        raise Refusal("the template does not fit", f"{template!r} on {stem!r}: {error}") from None
 
 
 def label_of(stem: str) -> str:
     """A file's name as words: "jump_high-02" is "jump high"."""
     words = re.sub(r"[_\-.\s]+", " ", stem).strip()
     return re.sub(r"[\s\d]+$", "", words) or words
-
-
-def _caption_file(path: Path, name: str, split: str, writer: DatasetWriter) -> list[Caption]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _Refusal("caption file unreadable", f"{path.name}: {error}") from None
-    captions = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            caption, nan = parse_caption(line)
-        except ScaMoError as error:
-            detail = f"{path.name} line {number}: {error}"
-            writer.refuse(name, "malformed caption line", split=split, kind="caption", detail=detail)
-            continue
-        if nan:
-            writer.note(name, "nan time tags read as 0", split=split, detail=f"{path.name} line {number}")
-        captions.append(caption)
-    if not captions:
-        raise _Refusal("caption file without captions", path.name)
-    return captions
 
 
 class _Table:
