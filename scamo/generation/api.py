@@ -197,7 +197,9 @@ class ScaMo:
                 for ticket, codes in collect(engine.run(self._requests(prompts))):
                     tokens[ticket] = codes
         motions = []
-        for prompt, codes, features in zip(prompts, tokens, self._decode(tokens, batch_size), strict=True):
+        for prompt, codes, features in zip(
+            prompts, tokens, decode_tokens(self.tokenizer, tokens), strict=True
+        ):
             meta = {"seed": prompt.seed} | ({} if count == 1 and not samples else {"sample": prompt.number})
             motions.append(
                 Motion.from_features(features, fps=self.fps, text=prompt.text, tokens=codes, meta=meta)
@@ -559,22 +561,6 @@ class ScaMo:
         found = tokenizer.mean.cpu().numpy(), tokenizer.std.cpu().numpy()
         check_statistics(f"evaluator {judge.name}", (judge.mean, judge.std), found, "the model's tokenizer")
         return judge
-
-    @torch.no_grad()
-    def _decode(self, tokens: list[NDArray[np.int32]], batch_size: int) -> list[NDArray[np.float32]]:
-        """Features (frames, 263) of each motion. Only equal lengths share a batch: padding would leak in."""
-        features: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(tokens)
-        by_length: dict[int, list[int]] = {}
-        for index, motion_tokens in enumerate(tokens):
-            by_length.setdefault(len(motion_tokens), []).append(index)
-        device = self.tokenizer.mean.device
-        for members in by_length.values():
-            for start in range(0, len(members), batch_size):
-                part = members[start : start + batch_size]
-                codes = torch.from_numpy(np.stack([tokens[i] for i in part])).to(device)
-                for index, motion in zip(part, self.tokenizer.decode(codes).cpu().numpy(), strict=True):
-                    features[index] = motion
-        return features
 
 
 class _Prompt(NamedTuple):
