@@ -24,6 +24,7 @@ data = tyro.extras.SubcommandApp()
 tokenizer = tyro.extras.SubcommandApp()
 evaluator = tyro.extras.SubcommandApp()
 importers = tyro.extras.SubcommandApp()
+scaling = tyro.extras.SubcommandApp()
 
 
 @app.command
@@ -491,6 +492,71 @@ def plan(
         micro_batch_tokens=micro_batch_tokens,
     )
     print(dumps(as_dict(made), indent=2) if json else as_text(made))
+
+
+@scaling.command(name="fit")
+def scaling_fit(
+    runs: Positional[tuple[Path, ...]] = (),
+    *,
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None,
+    convention: Literal["counted", "paper"] = "counted",
+    draws: int = 300,
+    paper: bool = False,
+) -> None:
+    """Fit the scaling laws to training runs: N_nv, N_v, D and L_u against compute, and surfaces of L_u.
+
+    Args:
+        runs: runs of train.py, or folders of them.
+        out: folder for fit.json, which `scamo scaling predict` reads, and table.md.
+        convention: FLOPs and parameters as counted here, or in the units of the paper's plots.
+        draws: resamples of the runs, for 95% intervals.
+        paper: the paper's own points instead: its laws refitted, under b + c = 1, and as printed.
+    """
+    if paper == bool(runs):
+        raise ScaMoError("name the runs to fit, or --paper for the paper's points, and not both")
+    if paper:
+        from scamo.scaling.paper import table as paper_table
+
+        text = paper_table()
+        if out is not None:
+            from scamo.motion.files import replacing
+
+            out.mkdir(parents=True, exist_ok=True)
+            with replacing(out / "paper.md") as partial:
+                partial.write_text(text + "\n", encoding="utf-8")
+        print(text)
+        return
+    from scamo.scaling.fit import fit_runs, table, write_fit
+
+    fit = fit_runs(runs, convention=convention, draws=draws)
+    for warning in fit.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if out is not None:
+        write_fit(fit, out)
+    print(table(fit))
+
+
+@scaling.command(name="predict")
+def scaling_predict(
+    *,
+    flops: float,
+    fit: Path | None = None,
+) -> None:
+    """Print the model size, vocabulary, tokens and L_u that the laws ask for at a compute.
+
+    Args:
+        flops: of forward and backward, for example 1e18.
+        fit: fit.json of `scamo scaling fit`; without it the paper's printed laws.
+    """
+    from scamo.scaling.predict import predict, predict_printed, read_fit, table
+
+    if fit is None:
+        print(table([predict_printed(flops)]))
+        return
+    predictions, warnings = predict(read_fit(fit), flops)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(table(predictions))
 
 
 @app.command
@@ -1218,6 +1284,7 @@ app.command(data, name="data", help="Look into a dataset.")
 app.command(tokenizer, name="tokenizer", help="Train, evaluate and apply the motion tokenizer.")
 app.command(evaluator, name="evaluator", help="Train and judge the networks that metrics rest on.")
 app.command(importers, name="import", help="Convert published checkpoints.")
+app.command(scaling, name="scaling", help="Scaling laws: fit them to runs, predict from them.")
 
 
 def main(args: Sequence[str] | None = None) -> int:

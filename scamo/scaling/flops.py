@@ -63,7 +63,11 @@ def training_flops(model: ModelConfig, *, positions: float, scored: float, pairs
     return 6 * block_parameters(model) * positions + 6 * (model.codes + 1) * model.width * scored + attention
 
 
+def forward_flops(layers: int, width: int) -> float:
+    """The paper's plotted N_nv: forward FLOPs of a token in the blocks, at a context of 201 positions."""
+    return float(24 * layers * width**2 + 2 * layers * PAPER_CONTEXT * width)
+
+
 def paper_flops(model: ModelConfig, tokens: float) -> float:
-    """C = 3 (N_nv + N_v) D of the paper's plots, D = `tokens`; N_nv, N_v are forward FLOPs per token."""
-    per_token = 24 * model.layers * model.width**2 + 2 * model.layers * PAPER_CONTEXT * model.width
-    return 3 * (per_token + 2 * model.codes * model.width) * tokens
+    """C = 3 (N_nv + N_v) D of the paper's plots, D = `tokens`; N_v = 2 V d."""
+    return 3 * (forward_flops(model.layers, model.width) + 2 * model.codes * model.width) * tokens

@@ -6,6 +6,7 @@ All of it is arithmetic on the configuration. What is assumed and not known is s
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from scamo.scaling import memory
 from scamo.scaling.flops import (
     attended_pairs,
     block_parameters,
+    forward_flops,
     paper_flops,
     parameters,
     stated_peak,
     training_flops,
 )
 from scamo.scaling.memory import Activations, Batch, States, Zero
+from scamo.scaling.paper import PRINTED
 from scamo.training.ds_config import read_ds_config, resolve_ds_config
 
 GIB = 2**30
@@ -87,18 +90,25 @@ class Law:
 
     @classmethod
     def at(cls, compute: float, width: int) -> Law:
+        slope, intercept = PRINTED["L_u ~ log C"]
         return cls(
             compute,
-            tokens=10**-0.05 * compute**0.43,
-            codes=10**-5.29 * compute**0.75 / (2 * width),
-            normalised_loss=-1.062 * float(np.log10(compute)) + 13.839,
+            tokens=_printed("D ~ C^c", compute),
+            codes=_printed("N_v ~ C^a", compute) / (2 * width),
+            normalised_loss=slope * math.log10(compute) + intercept,
         )
 
     @classmethod
     def of(cls, model: ModelConfig) -> Law:
         """At the compute for which Eq. 12 asks for this model's N_nv."""
-        forward = paper_flops(dataclasses.replace(model, codes=0), 1) / 3
-        return cls.at((forward * 10**0.52) ** (1 / 0.57), model.width)
+        exponent, intercept = PRINTED["N_nv ~ C^b"]
+        forward = forward_flops(model.layers, model.width)
+        return cls.at((forward / 10**intercept) ** (1 / exponent), model.width)
+
+
+def _printed(law: str, compute: float) -> float:
+    exponent, intercept = PRINTED[law]
+    return 10**intercept * compute**exponent
 
 
 @dataclass(frozen=True)

@@ -447,6 +447,7 @@ class _Loop:
             grad_norm=None if norm is None else float(norm),
             positions=window.positions,
             motion_tokens=window.scored,
+            flops=flops,
             positions_per_s=round(window.positions / window.seconds, 1),
             motion_tokens_per_s=round(window.scored / window.seconds, 1),
             tflops_per_device=round(flops / window.seconds / self.ranks.size / 1e12, 4),
@@ -621,6 +622,7 @@ class _Loop:
                     job.config.model,
                     job.config.data.tokenizer,
                     job.text_encoder,
+                    fps=job.dataset.fps,
                     ema=read_ema(folder) if self.ema else None,
                 )
             self.ranks.barrier()
