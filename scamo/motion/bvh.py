@@ -1,9 +1,10 @@
-"""BVH files: written from joints with fitted rotations, read with any skeleton.
+"""BVH files: written from joints with rotations, read with any skeleton.
 
 The rest pose is a T-pose that faces +Z with Y up and the pelvis at the origin, in metres: Blender's importer
 with its defaults shows it upright and in life size. MotionBuilder, Maya and Unreal count in centimetres:
 scale=100. Angles are degrees in the channel order Z, X, Y, the usual one where Y is up, and pass 180° without
-a jump. The format has no room for remarks; rotations in a file written here are always fitted (`ik`).
+a jump. Rotations are fitted (`ik`) but for a motion whose features hold true ones; the format has no room
+for such a remark (a .glb says it).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scamo.errors import ScaMoError
+from scamo.motion.body import Body, known_bodies
 from scamo.motion.files import replacing
 from scamo.motion.hierarchy import (
     AXES,
@@ -31,18 +33,10 @@ from scamo.motion.hierarchy import (
     read_text,
     whole,
 )
-from scamo.motion.ik import CHILDREN, fit_rotations
+from scamo.motion.ik import Fit, fit_rotations, given_rotations
 from scamo.motion.motion import Motion
-from scamo.motion.skeleton import JOINT_NAMES, N_JOINTS, quaternions_to_matrices
+from scamo.motion.skeleton import N_JOINTS, quaternions_to_matrices
 
-# Where the bones without a next joint end, metres: toes, crown, fingertips.
-END_SITES: dict[int, tuple[float, float, float]] = {
-    10: (0.0, 0.0, 0.07),
-    11: (0.0, 0.0, 0.07),
-    15: (0.0, 0.14, 0.0),
-    20: (0.16, 0.0, 0.0),
-    21: (-0.16, 0.0, 0.0),
-}
 # Constant bones that miss a joint by more than this, metres, are not taken for the motion.
 TOLERANCE = 5e-4
 
@@ -50,12 +44,21 @@ _POSITIONS = ("Xposition", "Yposition", "Zposition")
 _ROTATIONS = ("Zrotation", "Xrotation", "Yrotation")
 
 
+def rig(motion: Motion) -> Fit:
+    """A skeleton and its rotations: those that the features hold, else fitted to the joints.
+
+    Raises ScaMoError for what `fit_rotations` refuses.
+    """
+    own = None if motion.features is None else given_rotations(motion.joints, motion.features)
+    return fit_rotations(motion.joints, fps=motion.fps) if own is None else own
+
+
 def save_bvh(motion: Motion, path: str | Path, *, scale: float = 1.0, stretch: bool | None = None) -> None:
     """Write a motion as BVH.
 
     scale: units a metre; 100 writes centimetres.
     stretch: False gives constant bones and rotations only, which is what retargeting wants; joints that are
-    not those of a skeleton are then missed by `fit_rotations(...).error`. True gives every joint position
+    not those of a skeleton are then missed by `rig(motion).error`. True gives every joint position
     channels, whose values replace its OFFSET (as Blender and MotionBuilder read them; three.js adds the two),
     so that every joint is where the motion has it. None stretches only where constant bones would miss a
     joint by more than half a millimetre.
@@ -63,12 +66,12 @@ def save_bvh(motion: Motion, path: str | Path, *, scale: float = 1.0, stretch: b
     """
     if not np.isfinite(scale) or scale <= 0:
         raise ScaMoError(f"scale: expected a positive number of units a metre, got {scale}")
-    fit = fit_rotations(motion.joints, fps=motion.fps)
+    fit = rig(motion)
     if stretch is None:
         stretch = bool(fit.error.max() > TOLERANCE)
 
     lines = ["HIERARCHY"]
-    order = _write_joint(lines, 0, "", fit.offsets * scale, scale, stretch)
+    order = _write_joint(lines, motion.body, 0, "", fit.offsets * scale, scale, stretch)
     angles = _euler_zxy(quaternions_to_matrices(fit.rotations))
     values = np.concatenate([fit.local * scale, angles], axis=-1)
     placed = order if stretch else order[:1]
@@ -80,22 +83,22 @@ def save_bvh(motion: Motion, path: str | Path, *, scale: float = 1.0, stretch: b
 
 
 def _write_joint(
-    lines: list[str], joint: int, indent: str, offsets: np.ndarray, scale: float, stretch: bool
+    lines: list[str], body: Body, joint: int, indent: str, offsets: np.ndarray, scale: float, stretch: bool
 ) -> list[int]:
     """Append a joint and those below it; returns them in the order of their channels."""
     inner = indent + "  "
     channels = (*_POSITIONS, *_ROTATIONS) if stretch or not joint else _ROTATIONS
     lines += [
-        f"{indent}{'JOINT' if joint else 'ROOT'} {JOINT_NAMES[joint]}",
+        f"{indent}{'JOINT' if joint else 'ROOT'} {body.names[joint]}",
         f"{indent}{{",
         f"{inner}OFFSET {_numbers(offsets[joint])}",
         f"{inner}CHANNELS {len(channels)} {' '.join(channels)}",
     ]
     order = [joint]
-    for child in CHILDREN[joint]:
-        order += _write_joint(lines, child, inner, offsets, scale, stretch)
-    if joint in END_SITES:
-        end = _numbers(np.array(END_SITES[joint]) * scale)
+    for child in body.children[joint]:
+        order += _write_joint(lines, body, child, inner, offsets, scale, stretch)
+    if joint in body.ends:
+        end = _numbers(np.array(body.ends[joint]) * scale)
         lines += [f"{inner}End Site", f"{inner}{{", f"{inner}  OFFSET {end}", f"{inner}}}"]
     lines.append(f"{indent}}}")
     return order
@@ -135,7 +138,7 @@ def _euler_zxy(matrices: np.ndarray) -> np.ndarray:
 
 
 def load_bvh(path: str | Path, *, scale: float = 1.0) -> Motion:
-    """Read a BVH file that `save_bvh` wrote, or another one that has the 22 joints under these names.
+    """Read a BVH file that `save_bvh` wrote, or another one that has a body's joints under these names.
 
     scale: units a metre, as for `save_bvh`. Nothing is turned, moved or resampled: `retarget` does that, for
     any skeleton. Raises ScaMoError naming the file and what is wrong.
@@ -145,10 +148,11 @@ def load_bvh(path: str | Path, *, scale: float = 1.0) -> Motion:
         raise ScaMoError(f"scale: expected a positive number of units a metre, got {scale}")
     animation = read_bvh(path)
     names = animation.hierarchy.names
-    missing = [name for name in JOINT_NAMES if name not in names]
+    body = next((body for body in known_bodies() if set(body.names) <= set(names)), Body.of(N_JOINTS))
+    missing = [name for name in body.names if name not in names]
     if missing:
         raise ScaMoError(f"{path}: {len(missing)} of the {N_JOINTS} joints are missing, first {missing[0]!r}")
-    wanted = [names.index(name) for name in JOINT_NAMES]
+    wanted = [names.index(name) for name in body.names]
     joints = animation.forward_kinematics(wanted)[0][:, wanted] / scale
     try:
         return Motion(joints, fps=animation.fps)

@@ -41,8 +41,11 @@ def clean(
     `meta["clean"]` holds these settings, `foot_skate_before` and `foot_skate_after` (`measures.foot_skate`),
     `moved_mm` (mean over joints and frames) and `held` (share of frames in which a foot is held, mean of the
     two). Features are left out: they would not fit the new joints.
-    Raises ScaMoError for a cutoff that is not between 0 and half the frame rate.
+    Raises ScaMoError for a cutoff that is not between 0 and half the frame rate, and for another body than
+    the 22 joints, whose legs it bends.
     """
+    if len(motion.body) != N_JOINTS:
+        raise ScaMoError(f"clean: made for the body of {N_JOINTS} joints, the motion has {len(motion.body)}")
     if smooth is not None and not 0 < smooth < motion.fps / 2:
         raise ScaMoError(
             f"smooth: expected a cutoff above 0 and below half the frame rate, {motion.fps / 2:g} Hz, "

@@ -154,7 +154,7 @@ def to_rotations(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     data, _ = _read(np.asarray(features), FEATURE_DIM)
     cos, sin, root_x, root_z = _way(data, np)
-    rotations = _from_rows(data[..., ROTATIONS].reshape((*data.shape[:-1], N_JOINTS, 2, 3)))
+    rotations = from_rows(data[..., ROTATIONS].reshape((*data.shape[:-1], N_JOINTS, 2, 3)))
     pelvis = rotations[..., 0, :, :]
     x, z = _turned(pelvis[..., 0, :], pelvis[..., 2, :], cos[..., None], -sin[..., None])
     pelvis[..., 0, :], pelvis[..., 2, :] = x, z
@@ -168,7 +168,7 @@ def rest_offsets(features: np.ndarray) -> np.ndarray:
     shape.
     """
     data, _ = _read(np.asarray(features), FEATURE_DIM)
-    local = _from_rows(data[..., ROTATIONS].reshape(-1, N_JOINTS, 2, 3))
+    local = from_rows(data[..., ROTATIONS].reshape(-1, N_JOINTS, 2, 3))
     places = data[..., POSITIONS].reshape(-1, N_JOINTS, 3)
     absolute = np.empty_like(local)
     absolute[:, 0] = local[:, 0]
@@ -236,7 +236,7 @@ def _way(data: Any, xp: Any) -> tuple[Any, Any, Any, Any]:
     return cos, sin, x, z
 
 
-def _from_rows(rows: np.ndarray) -> np.ndarray:
+def from_rows(rows: np.ndarray) -> np.ndarray:
     """Rotation matrices (..., 3, 3) of their first two rows (..., 2, 3), by Gram-Schmidt."""
     matrices = np.empty((*rows.shape[:-2], 3, 3))
     first, second = rows[..., 0, :], rows[..., 1, :]

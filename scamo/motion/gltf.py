@@ -1,4 +1,4 @@
-"""Binary glTF 2.0 (.glb): a skeleton, its animation with fitted rotations, and a body of simple shapes.
+"""Binary glTF 2.0 (.glb): a skeleton, its animation, and a body of simple shapes.
 
 Metres, Y up, facing +Z, as glTF has it; the rest pose is a T-pose with the pelvis at the origin. The body is
 one skin of bones that look like spindles, so that Blender, Unity and three.js make an armature of the joints
@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from scamo.motion.bvh import END_SITES, TOLERANCE
+from scamo.motion.body import Body
+from scamo.motion.bvh import TOLERANCE, rig
 from scamo.motion.files import replacing
-from scamo.motion.ik import CHILDREN, Fit, fit_rotations
+from scamo.motion.ik import Fit
 from scamo.motion.motion import Motion
-from scamo.motion.skeleton import JOINT_NAMES, N_JOINTS, PARENTS
 
 _FLOAT, _UBYTE = 5126, 5121
 _VERTICES = 34962  # buffer view target
@@ -60,20 +60,20 @@ def save_glb(motion: Motion, path: str | Path, *, stretch: bool | None = None) -
 
     stretch: False animates rotations and the root only, so that bones keep their length. True animates every
     joint's translation too, so that it is where the motion has it. None stretches only where constant bones
-    would miss a joint by more than half a millimetre. The file's `asset.extras` say what was done, that the
-    rotations are fitted, and how far constant bones are from the motion.
+    would miss a joint by more than half a millimetre. The file's `asset.extras` say what was done, whether
+    the rotations are fitted or the features' own, and how far constant bones are from the motion.
     Raises ScaMoError for what `fit_rotations` refuses.
     """
-    fit = fit_rotations(motion.joints, fps=motion.fps)
+    fit, body = rig(motion), motion.body
     if stretch is None:
         stretch = bool(fit.error.max() > TOLERANCE)
     buffer = _Buffer()
-    armature, skinned = N_JOINTS, N_JOINTS + 1
-    nodes: list[dict[str, Any]] = [_node(joint, fit.offsets) for joint in range(N_JOINTS)]
+    armature, skinned = len(body), len(body) + 1
+    nodes: list[dict[str, Any]] = [_node(body, joint, fit.offsets) for joint in range(len(body))]
     nodes += [{"name": "armature", "children": [0]}, {"name": "body", "mesh": 0, "skin": 0}]
-    primitives = _body(buffer, fit.offsets)
-    inverse = np.tile(np.eye(4, dtype=np.float32), (N_JOINTS, 1, 1))
-    inverse[:, 3, :3] = -_rest_places(fit.offsets)  # stored column by column
+    primitives = _mesh(buffer, body, fit.offsets)
+    inverse = np.tile(np.eye(4, dtype=np.float32), (len(body), 1, 1))
+    inverse[:, 3, :3] = -_rest_places(body, fit.offsets)  # stored column by column
     document = {
         "asset": {"version": "2.0", "generator": "ScaMo", "extras": _remarks(motion, fit, stretch)},
         "scene": 0,
@@ -94,7 +94,7 @@ def save_glb(motion: Motion, path: str | Path, *, stretch: bool | None = None) -
         "skins": [
             {
                 "name": "skeleton",
-                "joints": list(range(N_JOINTS)),
+                "joints": list(range(len(body))),
                 "inverseBindMatrices": buffer.add(inverse, "MAT4"),
             }
         ],
@@ -116,16 +116,16 @@ def save_glb(motion: Motion, path: str | Path, *, stretch: bool | None = None) -
         )
 
 
-def _node(joint: int, offsets: np.ndarray) -> dict[str, Any]:
-    node: dict[str, Any] = {"name": JOINT_NAMES[joint], "translation": offsets[joint].tolist()}
-    if CHILDREN[joint]:
-        node["children"] = list(CHILDREN[joint])
+def _node(body: Body, joint: int, offsets: np.ndarray) -> dict[str, Any]:
+    node: dict[str, Any] = {"name": body.names[joint], "translation": offsets[joint].tolist()}
+    if body.children[joint]:
+        node["children"] = list(body.children[joint])
     return node
 
 
 def _remarks(motion: Motion, fit: Fit, stretch: bool) -> dict[str, Any]:
     remarks: dict[str, Any] = {
-        "rotations": "fitted to joint positions",
+        "rotations": "true, those of the features" if fit.true else "fitted to joint positions",
         "fps": motion.fps,
         "stretch": stretch,
         "constant_bones_error_mm": {
@@ -148,8 +148,9 @@ def _animation(buffer: _Buffer, motion: Motion, fit: Fit, stretch: bool) -> dict
         output = buffer.add(np.ascontiguousarray(values, dtype=np.float32), kind)
         samplers.append({"input": times, "output": output, "interpolation": "LINEAR"})
 
-    for joint in range(N_JOINTS):
-        if CHILDREN[joint]:
+    for joint, children in enumerate(motion.body.children):
+        # Fitted, the last joints keep the rotation of their parents.
+        if children or fit.true:
             animate(joint, "rotation", fit.rotations[:, joint, [1, 2, 3, 0]], "VEC4")
         if stretch or joint == 0:
             animate(joint, "translation", fit.local[:, joint], "VEC3")
@@ -157,30 +158,30 @@ def _animation(buffer: _Buffer, motion: Motion, fit: Fit, stretch: bool) -> dict
     return {"name": name, "samplers": samplers, "channels": channels}
 
 
-def _rest_places(offsets: np.ndarray) -> np.ndarray:
+def _rest_places(body: Body, offsets: np.ndarray) -> np.ndarray:
     places = offsets.copy()
-    for joint in range(1, N_JOINTS):
-        places[joint] += places[PARENTS[joint]]
+    for joint in range(1, len(body)):
+        places[joint] += places[body.parents[joint]]
     return places
 
 
-def _body(buffer: _Buffer, offsets: np.ndarray) -> list[dict[str, Any]]:
+def _mesh(buffer: _Buffer, body: Body, offsets: np.ndarray) -> list[dict[str, Any]]:
     """The primitives of the mesh, a material each."""
-    places = _rest_places(offsets)
+    places = _rest_places(body, offsets)
     parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {side: [] for side in _COLOURS}
-    for joint in range(1, N_JOINTS):
-        parent = PARENTS[joint]
+    for joint in body.bones:
+        parent = body.parents[joint]
         width = 0.1 * float(np.linalg.norm(offsets[joint])) + 0.015
         shape = _spindle(places[parent], places[joint], width, 0.2)
         # The tip goes with the next joint, which closes the gap where a bone is stretched.
-        parts[_side(joint)].append((shape, np.where((shape == places[joint]).all(-1), joint, parent)))
-    for joint, end in END_SITES.items():
+        parts[body.sides[joint]].append((shape, np.where((shape == places[joint]).all(-1), joint, parent)))
+    for joint, end in body.ends.items():
         tip = places[joint] + end
-        if JOINT_NAMES[joint] == "head":
+        if joint == body.head:
             shape = _spindle(places[joint] - [0, 0.04, 0], tip, _HEAD, 0.5)
         else:
             shape = _spindle(places[joint], tip, 0.03, 0.4)
-        parts[_side(joint)].append((shape, np.full(shape.shape[:2], joint)))
+        parts[body.sides[joint]].append((shape, np.full(shape.shape[:2], joint)))
 
     primitives = []
     for material, shapes in enumerate(parts.values()):
@@ -210,11 +211,6 @@ def _body(buffer: _Buffer, offsets: np.ndarray) -> list[dict[str, Any]]:
             }
         )
     return primitives
-
-
-def _side(joint: int) -> str:
-    side = JOINT_NAMES[joint].split("_")[0]
-    return side if side in _COLOURS else "middle"
 
 
 def _spindle(start: np.ndarray, end: np.ndarray, width: float, waist: float) -> np.ndarray:

@@ -3,7 +3,7 @@
 numpy arrays and torch tensors of any device alike, computed in float64 where they lie. Leading dimensions are
 a batch of motions of equal length; every measure but `peaks` returns one number, the mean over all of them.
 Measures of change are 0 for motions with too few frames to change. Raises ScaMoError for another shape, no
-frames, or a value that is not finite (the frame is named).
+frames, a body that is not known (`Body.of`), or a value that is not finite (the frame is named).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from scamo.errors import ScaMoError
-from scamo.motion.skeleton import LEFT_FOOT, N_JOINTS, PARENTS, RIGHT_FOOT
+from scamo.motion.body import Body
 
 FOOT_HEIGHT = 0.025  # metres above the lowest twentieth: a foot that is lower stands
 FOOT_SPEED = 0.5  # m/s: a standing foot that is faster slides; 2.5 cm a frame at 20 fps
@@ -46,8 +46,8 @@ def foot_skate(joints: Any, fps: float) -> float:
     A foot stands when its ball is, in both frames of the step, less than FOOT_HEIGHT above the 5th percentile
     of both balls' heights in the motion; it slides when it moves horizontally faster than FOOT_SPEED.
     """
-    joints = _body(joints)
-    balls = joints[..., [LEFT_FOOT[1], RIGHT_FOOT[1]], :]
+    joints, body = _body(joints)
+    balls = joints[..., [ball for _, ball in body.feet], :]
     height = balls[..., 1]
     flat = height.reshape(*height.shape[:-2], -1)
     low = height - _percentile(flat, 5)[..., None, None] < FOOT_HEIGHT
@@ -60,13 +60,13 @@ def foot_skate(joints: Any, fps: float) -> float:
 def foot_penetration(joints: Any, floor: float | None = None) -> float:
     """Mean over frames, mm, of how deep the lowest of ankles and balls of the feet is below the floor.
 
-    floor: its height in metres; None: 0, where the 263 features have it (the lowest point of a motion they
-    are made of). It is never estimated from the motion itself: one that sinks would take its floor along.
+    floor: its height in metres; None: 0, where the features have it (the lowest point of a motion they are
+    made of). It is never estimated from the motion itself: one that sinks would take its floor along.
     A frame with both feet above the floor counts as 0, so hovering is not seen; and a joint lies inside the
     foot, so the sole may be deeper.
     """
-    joints = _body(joints)
-    feet = joints[..., [*LEFT_FOOT, *RIGHT_FOOT], 1]
+    joints, body = _body(joints)
+    feet = joints[..., [joint for foot in body.feet for joint in foot], 1]
     depth = ((0.0 if floor is None else floor) - feet).clip(0)
     return 1000 * _mean(_percentile(depth, 100))
 
@@ -87,16 +87,16 @@ def peaks(joints: Any, fps: float, order: int) -> Any:
 
 
 def bone_drift(joints: Any) -> float:
-    """Mean relative deviation of the 21 bones from their median length over the motion."""
-    joints = _body(joints)
-    bones = _length(joints[..., 1:, :] - joints[..., list(PARENTS[1:]), :])
+    """Mean relative deviation of the bones from their median length over the motion."""
+    joints, body = _body(joints)
+    bones = _length(joints[..., body.bones, :] - joints[..., [body.parents[j] for j in body.bones], :])
     usual = _percentile(bones.swapaxes(-1, -2), 50)[..., None, :]
     return _mean(abs(bones - usual) / usual.clip(1e-9))
 
 
 def physics(joints: Any, fps: float = 20.0) -> dict[str, float]:
-    """How physical motions (..., T, 22, 3) are, by the measures of these names: foot_skate, bone_drift, jerk
-    (m/s^3) and foot_penetration_mm, with the floor at 0."""
+    """How physical motions (..., T, J, 3) of a known body are, by the measures of these names: foot_skate,
+    bone_drift, jerk (m/s^3) and foot_penetration_mm, with the floor at 0."""
     return {
         "foot_skate": foot_skate(joints, fps),
         "bone_drift": bone_drift(joints),
@@ -122,11 +122,9 @@ def _checked(joints: Any, name: str) -> Any:
     return joints
 
 
-def _body(joints: Any) -> Any:
+def _body(joints: Any) -> tuple[Any, Body]:
     joints = _checked(joints, "joints")
-    if joints.shape[-2] != N_JOINTS:
-        raise ScaMoError(f"joints: expected shape (..., T, {N_JOINTS}, 3), got {tuple(joints.shape)}")
-    return joints
+    return joints, Body.of(joints.shape[-2])
 
 
 def _error(made: Any, true: Any) -> Any:

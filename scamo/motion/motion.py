@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from scamo.errors import ScaMoError
-from scamo.motion.features import FEATURE_DIM, features_to_joints
+from scamo.motion.body import Body, known_counts
 from scamo.motion.files import replacing
-from scamo.motion.skeleton import JOINT_NAMES, N_JOINTS
+from scamo.motion.representation import Representation
 
 SUFFIXES = (".npz", ".npy", ".csv", ".bvh", ".glb", ".gif", ".mp4", ".png", ".html")
 _READABLE = (".npz", ".npy", ".bvh")
@@ -23,10 +23,11 @@ _TOGETHER = (".html", ".png")  # formats that hold several motions
 
 @dataclass
 class Motion:
-    """A motion of the 22-joint body.
+    """A motion of a known body: the 22 joints of SMPL, or those of another representation.
 
-    joints: (T, 22, 3) float32 metres, Y up, T >= 1. fps: frames a second. text: what it was generated from or
-    is described by. features: (T, 263) float32 or None. tokens: (n,) int32 or None. meta: what JSON holds.
+    joints: (T, J, 3) float32 metres, Y up, T >= 1. fps: frames a second. text: what it was generated from or
+    is described by. features: (T, C) float32 of a representation of this body, or None. tokens: (n,) int32 or
+    None. meta: what JSON holds.
     Raises ScaMoError for another shape, a value that is not finite (with frame and joint) or a bad fps.
     """
 
@@ -40,22 +41,26 @@ class Motion:
     def __post_init__(self) -> None:
         self.joints = np.asarray(self.joints, dtype=np.float32)
         shape = self.joints.shape
-        if len(shape) != 3 or shape[1:] != (N_JOINTS, 3) or shape[0] < 1:
-            raise ScaMoError(f"joints: expected shape (frames, {N_JOINTS}, 3), got {shape}")
+        if len(shape) != 3 or shape[2] != 3 or shape[0] < 1:
+            raise ScaMoError(f"joints: expected shape (frames, {known_counts()}, 3), got {shape}")
+        body = self.body
         bad = np.argwhere(~np.isfinite(self.joints))
         if len(bad):
             frame, joint, _ = (int(i) for i in bad[0])
-            raise ScaMoError(f"joints: frame {frame}, joint {joint} ({JOINT_NAMES[joint]}) is not finite")
+            raise ScaMoError(f"joints: frame {frame}, joint {joint} ({body.names[joint]}) is not finite")
         self.fps = float(self.fps)
         if not np.isfinite(self.fps) or self.fps <= 0:
             raise ScaMoError(f"fps: expected a positive number, got {self.fps}")
         if self.features is not None:
             self.features = np.asarray(self.features, dtype=np.float32)
-            if self.features.shape != (len(self), FEATURE_DIM):
-                raise ScaMoError(
-                    f"features: expected shape ({len(self)}, {FEATURE_DIM}), as many frames as the joints, "
-                    f"got {self.features.shape}"
-                )
+            found = self.features.shape
+            if len(found) != 2 or found[0] != len(self):
+                expected = f"({len(self)}, features), as many frames as the joints"
+                raise ScaMoError(f"features: expected shape {expected}, got {found}")
+            representation = Representation.of(found[1])
+            if representation.n_joints != len(body):
+                of = f"{found[1]} are of {representation.n_joints} joints"
+                raise ScaMoError(f"features: {of}, the motion has {len(body)}")
         if self.tokens is not None:
             self.tokens = np.asarray(self.tokens, dtype=np.int32)
             if self.tokens.ndim != 1:
@@ -63,9 +68,21 @@ class Motion:
 
     @classmethod
     def from_features(cls, features: np.ndarray, **fields: Any) -> Motion:
-        """The motion of (T, 263) features; `fields` are the other fields of Motion."""
+        """The motion of features (T, C) of a known representation, at its frame rate where no fps is given.
+
+        fields: the other fields of Motion. Raises ScaMoError for another shape or number of features.
+        """
         features = np.asarray(features, dtype=np.float32)
-        return cls(features_to_joints(features), features=features, **fields)
+        if features.ndim != 2:
+            raise ScaMoError(f"features: expected shape (frames, features), got {features.shape}")
+        representation = Representation.of(features.shape[-1])
+        fields = {"fps": representation.fps, **fields}
+        return cls(representation.to_joints(features), features=features, **fields)
+
+    @property
+    def body(self) -> Body:
+        """Names, tree and the rest of these joints. Raises ScaMoError for a body that is not known."""
+        return Body.of(self.joints.shape[1])
 
     def __len__(self) -> int:
         return len(self.joints)
@@ -79,7 +96,8 @@ class Motion:
         """Write what the suffix says.
 
         .npz everything, .npy the joints, .csv the joints as a table (a row a frame), .bvh and .glb a skeleton
-        with fitted rotations (`save_bvh`, `save_glb`), .gif .mp4 .png .html pictures.
+        with rotations, fitted where the features hold none (`save_bvh`, `save_glb`), .gif .mp4 .png .html
+        pictures.
         options: those of the format's function, such as scale=100 for a .bvh in centimetres.
         The file is written under another name and then renamed. Raises ScaMoError for an unknown suffix.
         """
@@ -112,8 +130,9 @@ class Motion:
     def load(cls, path: str | Path) -> Motion:
         """Read a .npz or .bvh as `save` writes it, or a .npy of joints or features.
 
-        In a .npz joints or features suffice. A .npy tells no frame rate: 20 fps is taken. A .bvh is taken to
-        be in metres (`load_bvh` has a scale). Raises ScaMoError naming the file and what is wrong.
+        In a .npz joints or features suffice. A .npy tells no frame rate: that of the features' format is
+        taken, and of joints 20 fps. A .bvh is taken to be in metres (`load_bvh` has a scale). Raises
+        ScaMoError naming the file and what is wrong.
         """
         path = Path(path)
         suffix = path.suffix.lower()
@@ -140,11 +159,12 @@ class Motion:
             raise ScaMoError(f"{path}: holds {sorted(arrays)}, expected 'joints' or 'features'")
         try:
             fields: dict[str, Any] = {
-                "fps": float(arrays.get("fps", 20.0)),
                 "text": str(arrays["text"]) if "text" in arrays else None,
                 "tokens": arrays.get("tokens"),
                 "meta": json.loads(str(arrays["meta"])) if "meta" in arrays else {},
             }
+            if "fps" in arrays:
+                fields["fps"] = float(arrays["fps"])
             if "joints" in arrays:
                 return cls(arrays["joints"], features=arrays.get("features"), **fields)
             return cls.from_features(arrays["features"], **fields)
@@ -164,7 +184,7 @@ def _save_npy(motion: Motion, path: Path) -> None:
 
 
 def _save_csv(motion: Motion, path: Path) -> None:
-    names = ["time_s", *(f"{joint}_{axis}_m" for joint in JOINT_NAMES for axis in "xyz")]
+    names = ["time_s", *(f"{joint}_{axis}_m" for joint in motion.body.names for axis in "xyz")]
     times = np.arange(len(motion)) / motion.fps
     table = np.column_stack([times, motion.joints.reshape(len(motion), -1)])
     with replacing(path) as partial:

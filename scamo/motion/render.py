@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from scamo.errors import ScaMoError
+from scamo.motion.body import Body
 from scamo.motion.files import replacing
 from scamo.motion.motion import Motion
-from scamo.motion.skeleton import CHAINS, N_JOINTS, PARENTS
+from scamo.motion.skeleton import N_JOINTS
 
 _VIEWER = Path(__file__).parent / "viewer.html"
 
@@ -33,19 +34,8 @@ PATH_COLOUR = "#b9305a"
 _PATH_AHEAD = "#e7bcc8"
 COLOURS = {"left": "#2878b5", "right": "#e07b28", "middle": "#40505f"}
 
-_RIGHT_JOINTS = {joint for chain in (CHAINS[0], CHAINS[3]) for joint in chain[1:]}
-_LEFT_JOINTS = {joint for chain in (CHAINS[1], CHAINS[4]) for joint in chain[1:]}
-
 # Metres across; a body is drawn as round-ended sticks along its bones.
-WIDTHS = np.full(N_JOINTS, 0.075)
-WIDTHS[[1, 2, 3, 6, 9]] = 0.12
-WIDTHS[[4, 5]] = 0.105
-WIDTHS[[7, 8]] = 0.085
-WIDTHS[[10, 11]] = 0.07
-WIDTHS[[13, 14]] = 0.085
-WIDTHS[[16, 17]] = 0.08
-WIDTHS[[18, 19]] = 0.07
-WIDTHS[[20, 21]] = 0.06
+WIDTHS = Body.of(N_JOINTS).widths
 HEAD_WIDTH = 0.19
 _OUTLINE = 0.022
 
@@ -54,9 +44,8 @@ _FIELD = math.radians(26)  # vertical angle of view
 
 
 def side_of(joint: int) -> str:
-    if joint in _LEFT_JOINTS:
-        return "left"
-    return "right" if joint in _RIGHT_JOINTS else "middle"
+    """left, right or middle, of one of the 22 joints."""
+    return Body.of(N_JOINTS).sides[joint]
 
 
 class _Camera:
@@ -152,10 +141,10 @@ def _ground(axes: Any, camera: _Camera, centre: np.ndarray, floor: float, reach:
     )
 
 
-class _Body:
+class _Figure:
     """The artists of one pose: shadow and sticks, drawn far to near so that limbs hide each other."""
 
-    def __init__(self, axes: Any, camera: _Camera, floor: float, points_per_unit: float) -> None:
+    def __init__(self, axes: Any, body: Body, camera: _Camera, floor: float, points_per_unit: float) -> None:
         from matplotlib.collections import LineCollection
         from matplotlib.colors import to_rgba
 
@@ -164,19 +153,21 @@ class _Body:
         self.shadow = LineCollection([], capstyle="round", zorder=2, colors=_SHADOW)
         axes.add_collection(self.shadow)
         axes.add_collection(self.sticks)
-        self.ends = np.array([*range(1, N_JOINTS), 15])
-        self.starts = np.array([*PARENTS[1:], 15])
-        self.widths = np.append(WIDTHS[1:], HEAD_WIDTH)
-        self.colours = np.array([to_rgba(COLOURS[side_of(j)]) for j in self.ends])
+        self.body = body
+        self.ends = np.array([*range(1, len(body)), body.head])
+        self.starts = np.array([*body.parents[1:], body.head])
+        self.widths = np.append(body.widths[1:], HEAD_WIDTH)
+        self.colours = np.array([to_rgba(COLOURS[body.sides[j]]) for j in self.ends])
         self.outline = np.array(to_rgba(_PAPER))
         self.artists = (self.shadow, self.sticks)
 
     def place(self, joints: np.ndarray) -> None:
-        """Move to a pose (22, 3)."""
+        """Move to a pose (J, 3)."""
         joints = joints.astype(np.float64)
         # The head is a ball a little above the head joint, along the neck.
-        neck = joints[15] - joints[12]
-        crown = joints[15] + 0.06 * neck / max(np.linalg.norm(neck), 1e-6)
+        head = joints[self.body.head]
+        neck = head - joints[self.body.parents[self.body.head]]
+        crown = head + 0.06 * neck / max(np.linalg.norm(neck), 1e-6)
         starts, ends = joints[self.starts], joints[self.ends]
         # Agg drops lines much shorter than a pixel, round caps and all.
         starts[-1] = crown - [0, 0.01, 0]
@@ -244,8 +235,8 @@ def _frames(motion: Motion, size: int, frames: Sequence[int]) -> Iterator[np.nda
     )
     (trail,) = axes.plot([], [], color=PATH_COLOUR, linewidth=2.5, solid_capstyle="round", zorder=3)
     clock = axes.text(0.95, -0.95, "", fontsize=9 * font, color=_FAINT_INK, ha="right", zorder=6)
-    body = _Body(axes, camera, floor, size / 2 * 72 / dpi)
-    moving = (body.shadow, trail, body.sticks, clock)
+    figure_of = _Figure(axes, motion.body, camera, floor, size / 2 * 72 / dpi)
+    moving = (figure_of.shadow, trail, figure_of.sticks, clock)
     for artist in moving:
         artist.set_animated(True)
     canvas: Any = figure.canvas
@@ -254,7 +245,7 @@ def _frames(motion: Motion, size: int, frames: Sequence[int]) -> Iterator[np.nda
     for frame in frames:
         canvas.restore_region(still)
         trail.set_data(*path[: frame + 1].T)
-        body.place(joints[frame])
+        figure_of.place(joints[frame])
         clock.set_text(f"{frame / motion.fps:.1f} s")
         for artist in moving:
             axes.draw_artist(artist)
@@ -405,7 +396,7 @@ def grid_png(
             way, _ = camera.project(_on_floor(root, floor))
             axes.plot(*way.T, color=_PATH_AHEAD, linewidth=1.4, solid_capstyle="round", zorder=1)
             axes.plot(*way[: frame + 1].T, color=PATH_COLOUR, linewidth=1.8, solid_capstyle="round", zorder=3)
-            _Body(axes, camera, floor, height / 2).place(joints[frame])
+            _Figure(axes, motion.body, camera, floor, height / 2).place(joints[frame])
             axes.text(0, -0.97, f"{frame / motion.fps:.1f} s", fontsize=7.5, color=_FAINT_INK, ha="center")
         box = (left + poses * panel / (columns * strip), bottom, height / (columns * strip), box_height)
         _plan(_blank_axes(figure, box), motion, instants)
@@ -423,12 +414,18 @@ def figure_script() -> str:
     return page[page.index("// The figure,") : page.index("// The end of the figure.")]
 
 
-def body_constants() -> dict[str, Any]:
-    """What `figure_script` needs to know of the body."""
+def body_constants(motions: Sequence[Motion]) -> dict[str, Any]:
+    """What `figure_script` needs to know of the body of the motions; ScaMoError if they have several."""
+    counts = sorted({len(motion.body) for motion in motions})
+    if len(counts) > 1:
+        found = " and ".join(map(str, counts))
+        raise ScaMoError(f"motions: bodies of {found} joints, expected one body in a page")
+    body = motions[0].body
     return {
-        "parents": list(PARENTS),
-        "sides": [side_of(joint) for joint in range(N_JOINTS)],
-        "widths": WIDTHS.tolist(),
+        "parents": list(body.parents),
+        "sides": list(body.sides),
+        "widths": body.widths.tolist(),
+        "neck": [body.parents[body.head], body.head],
         "head": HEAD_WIDTH,
     }
 
@@ -473,7 +470,8 @@ def save_html(
         titles = [motion.text or "" for motion in motions]
     elif len(titles) != len(motions):
         raise ScaMoError(f"titles: expected {len(motions)}, one for each motion, got {len(titles)}")
-    data = body_constants() | {"motions": [embedded(*pair) for pair in zip(motions, titles, strict=True)]}
+    shown = [embedded(*pair) for pair in zip(motions, titles, strict=True)]
+    data = body_constants(motions) | {"motions": shown}
     template = _VIEWER.read_text(encoding="utf-8")
     if title is None:
         title = (titles[0] or "motion") if len(motions) == 1 else f"{len(motions)} motions"

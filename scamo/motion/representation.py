@@ -1,10 +1,11 @@
-"""What a dataset's features are, by their number: the one place that knows 263, 251 and 272.
+"""What a dataset's features are, by their number: the one place that knows 263, 251, 272 and 296.
 
 | features | of                            | joints | frames a second |
 |----------|-------------------------------|--------|-----------------|
 | 263      | HumanML3D                     | 22     | 20              |
 | 251      | KIT-ML                        | 21     | 12.5            |
 | 272      | MotionStreamer, MotionMillion | 22     | 30              |
+| 296      | SnapMoGen                     | 24     | 30              |
 
 KIT-ML's channels are HumanML3D's with a joint less, in its own joint order; its lengths are millimetres of a
 body scaled to about one metre, which `to_joints` turns into metres of that body.
@@ -20,29 +21,29 @@ import numpy as np
 
 from scamo.errors import ScaMoError
 from scamo.motion import features as humanml3d
-from scamo.motion import features272
-from scamo.motion.skeleton import MIRROR_PAIRS, N_JOINTS
-
-KIT_JOINTS = 21
-# Right arm and left arm, right leg and left leg.
-KIT_MIRROR_PAIRS = ((5, 8), (6, 9), (7, 10), (11, 16), (12, 17), (13, 18), (14, 19), (15, 20))
+from scamo.motion import features272, features296
+from scamo.motion.skeleton import JOINT_NAMES, KIT_SKELETON, MIRROR_PAIRS, N_JOINTS, PARENTS
 
 
 @dataclass(frozen=True)
 class Representation:
     """Features of one kind. Get one by `Representation.of(feature_dim)`.
 
-    groups: every column belongs to one; the standard deviation is averaged inside each. positions, velocities
-    and rotations: their columns, 3, 3 and 6 a joint; positions begin with joint `first_position`. root: the
-    columns that say how the root moves and turns. contacts: None where there are none. fps: the rate that the
-    format is made for. extra_joint_frames: frames of joints beyond those of the features. item_frames: the
-    shortest and one more than the longest item of the evaluation protocol. true_rotations: forward kinematics
-    of the rotations gives the positions, so that an export need not fit any.
+    joint_names and parents: of the joints that `to_joints` gives; a parent comes before its children, the
+    root's is -1. unit: metres in one of the features' lengths. groups: every column belongs to one; the
+    standard deviation is averaged inside each. positions, velocities and rotations: their columns, 3, 3 and 6
+    a joint; positions begin with joint `first_position`. root: the columns that say how the root moves and
+    turns. contacts: None where there are none. fps: the rate that the format is made for. extra_joint_frames:
+    frames of joints beyond those of the features. item_frames: the shortest and one more than the longest
+    item of the evaluation protocol.
     """
 
     name: str
     feature_dim: int
     n_joints: int
+    joint_names: tuple[str, ...]
+    parents: tuple[int, ...]
+    unit: float
     fps: float
     groups: Mapping[str, slice]
     root: slice
@@ -53,9 +54,9 @@ class Representation:
     first_position: int
     extra_joint_frames: int
     item_frames: tuple[int, int]
-    true_rotations: bool
     _to_joints: Callable[[Any], Any]
     _from_joints: Callable[[np.ndarray, float], np.ndarray] | None
+    _to_rotations: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None
     _mirror: tuple[np.ndarray, np.ndarray]
 
     @classmethod
@@ -88,11 +89,42 @@ class Representation:
 
         fps: frames a second of the joints, None for the format's. Rotations that the 272 features want are
         fitted (`features272.encode` takes true ones). Raises ScaMoError for joints that cannot be converted,
-        and for KIT-ML, whose features are only read.
+        and for SnapMoGen, whose features are only read.
         """
         if self._from_joints is None:
             raise ScaMoError(f"{self.name}: features cannot be made from joints, only read")
         return self._from_joints(joints, self.fps if fps is None else fps)
+
+    @property
+    def true_rotations(self) -> bool:
+        """Forward kinematics of the rotations gives the positions, so that an export need not fit any."""
+        return self._to_rotations is not None
+
+    def to_rotations(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rotations (..., T, n_joints, 3, 3) relative to the parent joint, and the root's way (..., T, 3).
+
+        Both float64, metres, and as `to_joints` places the frames of features (..., T, feature_dim). Raises
+        ScaMoError for another shape, and for a format without true rotations.
+        """
+        if self._to_rotations is None:
+            raise ScaMoError(f"{self.name}: features have no true rotations")
+        return self._to_rotations(features)
+
+    def rotations_off(self, features: np.ndarray) -> float:
+        """By how many metres features (T, feature_dim), T >= 1, contradict themselves.
+
+        That is how far a bone, turned back by the rotations, is from where it is on average: the most of all
+        frames and bones. Raises ScaMoError as `to_rotations` does.
+        """
+        rotations, _ = self.to_rotations(features)
+        joints = self.to_joints(np.asarray(features, dtype=np.float64))
+        absolute = rotations.copy()
+        for joint, parent in enumerate(self.parents[1:], 1):
+            absolute[:, joint] = absolute[:, parent] @ rotations[:, joint]
+        parents = list(self.parents[1:])
+        bones = joints[:, 1:] - joints[:, parents]
+        back = np.einsum("tbji,tbj->tbi", absolute[:, parents], bones)
+        return float(np.linalg.norm(back - back.mean(0), axis=-1).max())
 
     def mirrored(self, features: Any) -> Any:
         """The features of the motion in a mirror, numpy or torch (..., feature_dim).
@@ -145,9 +177,9 @@ _SIX = [
 ]  # M R M with M = diag(-1, 1, 1), of the first two columns and of the first two rows
 
 
-def _of_guo(name: str, n_joints: int, **fields: Any) -> Representation:
-    """The layout of Guo et al. for a body of n_joints."""
-    root = humanml3d.ROOT
+def _of_guo(name: str, joint_names: tuple[str, ...], **fields: Any) -> Representation:
+    """The layout of Guo et al. for a body of these joints."""
+    root, n_joints = humanml3d.ROOT, len(joint_names)
     ends = np.cumsum([root.stop, 3 * (n_joints - 1), 6 * (n_joints - 1), 3 * n_joints, 4]).tolist()
     positions, rotations, velocities, contacts = (slice(*ends[i : i + 2]) for i in range(4))
     pairs = fields.pop("pairs")
@@ -176,6 +208,7 @@ def _of_guo(name: str, n_joints: int, **fields: Any) -> Representation:
         name=name,
         feature_dim=contacts.stop,
         n_joints=n_joints,
+        joint_names=joint_names,
         groups=groups,
         root=root,
         positions=positions,
@@ -184,7 +217,7 @@ def _of_guo(name: str, n_joints: int, **fields: Any) -> Representation:
         contacts=contacts,
         first_position=1,
         extra_joint_frames=1,
-        true_rotations=False,
+        _to_rotations=None,
         _mirror=(source, sign),
         **fields,
     )
@@ -192,7 +225,7 @@ def _of_guo(name: str, n_joints: int, **fields: Any) -> Representation:
 
 def _kit_to_joints(features: Any) -> Any:
     """Read as a body of 22 joints whose last one is dropped."""
-    used = features[..., : humanml3d.ROOT.stop + 3 * (KIT_JOINTS - 1)]
+    used = features[..., : humanml3d.ROOT.stop + 3 * (len(KIT_SKELETON) - 1)]
     shape = (*used.shape[:-1], humanml3d.FEATURE_DIM - used.shape[-1])
     wide: Any
     if isinstance(features, np.ndarray):
@@ -201,12 +234,14 @@ def _kit_to_joints(features: Any) -> Any:
         import torch
 
         wide = torch.cat([used, used.new_zeros(shape)], -1)
-    return humanml3d.features_to_joints(wide)[..., :KIT_JOINTS, :] / 1000
+    return humanml3d.features_to_joints(wide)[..., : len(KIT_SKELETON), :] / 1000
 
 
 HUMANML3D = _of_guo(
     "HumanML3D",
-    N_JOINTS,
+    JOINT_NAMES,
+    parents=PARENTS,
+    unit=1.0,
     fps=humanml3d.FORMAT_FPS,
     item_frames=(40, 200),
     pairs=MIRROR_PAIRS,
@@ -215,17 +250,24 @@ HUMANML3D = _of_guo(
 )
 KIT_ML = _of_guo(
     "KIT-ML",
-    KIT_JOINTS,
+    KIT_SKELETON.names,
+    parents=KIT_SKELETON.parents,
+    unit=0.001,
     fps=12.5,
     item_frames=(24, 200),
-    pairs=KIT_MIRROR_PAIRS,
+    pairs=KIT_SKELETON.mirror_pairs,
     _to_joints=_kit_to_joints,
-    _from_joints=None,
+    _from_joints=lambda joints, fps: humanml3d.joints_to_features(
+        joints, fps=fps, layout=humanml3d.KIT_LAYOUT
+    ),
 )
 SMPL_272 = Representation(
     name="272",
     feature_dim=features272.FEATURE_DIM,
     n_joints=N_JOINTS,
+    joint_names=JOINT_NAMES,
+    parents=PARENTS,
+    unit=1.0,
     fps=features272.FORMAT_FPS,
     groups=features272.FEATURE_GROUPS,
     root=slice(0, 8),
@@ -236,9 +278,9 @@ SMPL_272 = Representation(
     first_position=0,
     extra_joint_frames=0,
     item_frames=(60, 300),  # HumanML3D's, at 30 fps
-    true_rotations=True,
     _to_joints=features272.to_joints,
     _from_joints=lambda joints, fps: features272.encode(joints, fps=fps).features,
+    _to_rotations=features272.to_rotations,
     _mirror=_mirror(
         MIRROR_PAIRS,
         N_JOINTS,
@@ -251,4 +293,47 @@ SMPL_272 = Representation(
         ],
     ),
 )
-_BY_WIDTH = {one.feature_dim: one for one in (HUMANML3D, KIT_ML, SMPL_272)}
+_SNAPMOGEN_MIRROR = _mirror(
+    features296.MIRROR_PAIRS,
+    features296.N_JOINTS,
+    [
+        (features296.ROOT, [-1, -1, 1, 1], None),
+        (features296.ROTATIONS, _SIX, 0),
+        (features296.POSITIONS, _POINT, 0),
+        (features296.VELOCITIES, _POINT, 0),
+        (features296.CONTACTS, [1, 1, 1, 1], None),
+    ],
+)
+_SNAPMOGEN_MIRROR[0][features296.CONTACTS] = np.roll(_SNAPMOGEN_MIRROR[0][features296.CONTACTS], 2)
+SNAPMOGEN = Representation(
+    name="SnapMoGen",
+    feature_dim=features296.FEATURE_DIM,
+    n_joints=features296.N_JOINTS,
+    joint_names=features296.JOINT_NAMES,
+    parents=features296.PARENTS,
+    unit=features296.UNIT_M,
+    fps=features296.FORMAT_FPS,
+    groups={
+        "yaw_velocity": slice(0, 1),
+        "root_velocity": slice(1, 3),
+        "root_height": slice(3, 4),
+        "rotations": features296.ROTATIONS,
+        "positions": features296.POSITIONS,
+        "velocities": features296.VELOCITIES,
+        "contacts": features296.CONTACTS,
+    },
+    root=features296.ROOT,
+    positions=features296.POSITIONS,
+    velocities=features296.VELOCITIES,
+    rotations=features296.ROTATIONS,
+    contacts=features296.CONTACTS,
+    first_position=0,
+    extra_joint_frames=0,
+    item_frames=(128, 361),  # the authors' shortest; their longest clips have 12 s
+    _to_joints=features296.to_joints,
+    _from_joints=None,  # joints do not say how the bones turn
+    _to_rotations=features296.to_rotations,
+    _mirror=_SNAPMOGEN_MIRROR,
+)
+REPRESENTATIONS = (HUMANML3D, KIT_ML, SMPL_272, SNAPMOGEN)
+_BY_WIDTH = {one.feature_dim: one for one in REPRESENTATIONS}

@@ -1,4 +1,4 @@
-"""The 22-joint body: names, tree, rest poses, mirroring and forward kinematics.
+"""The 22-joint body: names, tree, rest poses, mirroring and forward kinematics; and KIT-ML's 21 joints.
 
 Metres, Y up. A body at rest stands at the origin, faces +Z and has its left on +X. The joints are the first
 22 of SMPL, in its order; quaternions are (w, x, y, z).
@@ -7,6 +7,9 @@ Metres, Y up. A body at rest stands at the origin, faces +Z and has its left on 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -103,18 +106,109 @@ DEFAULT_OFFSETS: np.ndarray = _left_and_right(
     },
 )
 
+
+def _directions(joints_of: dict[tuple[int, int, int], tuple[int, ...]], n_joints: int) -> np.ndarray:
+    offsets = np.zeros((n_joints, 3), dtype=np.float32)
+    for direction, joints in joints_of.items():
+        offsets[list(joints)] = direction
+    offsets.setflags(write=False)
+    return offsets
+
+
 # Unit directions of the bones where the inverse kinematics of the 263 features calls a rotation identity.
 # They define the format (Guo et al. 2022): arms hang from the collars, the head points forward.
-RAW_OFFSETS: np.ndarray = np.zeros((N_JOINTS, 3), dtype=np.float32)
-for _direction, _joints in {
-    (1, 0, 0): (1, 13),
-    (-1, 0, 0): (2, 14),
-    (0, 1, 0): (3, 6, 9, 12),
-    (0, 0, 1): (10, 11, 15),
-    (0, -1, 0): (4, 5, 7, 8, 16, 17, 18, 19, 20, 21),
-}.items():
-    RAW_OFFSETS[list(_joints)] = _direction
-RAW_OFFSETS.setflags(write=False)
+RAW_OFFSETS: np.ndarray = _directions(
+    {
+        (1, 0, 0): (1, 13),
+        (-1, 0, 0): (2, 14),
+        (0, 1, 0): (3, 6, 9, 12),
+        (0, 0, 1): (10, 11, 15),
+        (0, -1, 0): (4, 5, 7, 8, 16, 17, 18, 19, 20, 21),
+    },
+    N_JOINTS,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Skeleton:
+    """What the features of Guo et al. take a body to be.
+
+    names: of the joints. chains: of joints from the root or a branching outwards; together they are the tree.
+    mirror_pairs: joints that a mirror exchanges. raw_offsets: float32 (J, 3), unit directions of the bones at
+    rest. facing: right hip, left hip, right shoulder, left shoulder. feet: the joints that touch the floor,
+    two of the left foot, then of the right. leg: knee and ankle whose bones are the length of a leg.
+    """
+
+    names: tuple[str, ...]
+    chains: tuple[tuple[int, ...], ...]
+    mirror_pairs: tuple[tuple[int, int], ...]
+    raw_offsets: np.ndarray
+    facing: tuple[int, int, int, int]
+    feet: tuple[int, int, int, int]
+    leg: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def parents(self) -> tuple[int, ...]:
+        """Of every joint; the root's is -1."""
+        above = {joint: parent for chain in self.chains for parent, joint in pairwise(chain)}
+        return tuple(above.get(joint, -1) for joint in range(len(self)))
+
+
+SMPL_SKELETON = Skeleton(
+    names=JOINT_NAMES,
+    chains=CHAINS,
+    mirror_pairs=MIRROR_PAIRS,
+    raw_offsets=RAW_OFFSETS,
+    facing=FACING,
+    feet=(*LEFT_FOOT, *RIGHT_FOOT),
+    leg=(5, 8),
+)
+
+# The sides are those that the published features take: the MMM model's own names call joints 5 to 7 and 11 to
+# 15 left. At rest hips and shoulders point to the other side; that, too, is published.
+KIT_SKELETON = Skeleton(
+    names=(
+        "root",
+        "pelvis",
+        "thorax",
+        "lower_neck",
+        "upper_neck",
+        "right_shoulder",
+        "right_elbow",
+        "right_wrist",
+        "left_shoulder",
+        "left_elbow",
+        "left_wrist",
+        "right_hip",
+        "right_knee",
+        "right_ankle",
+        "right_midfoot",
+        "right_foot",
+        "left_hip",
+        "left_knee",
+        "left_ankle",
+        "left_midfoot",
+        "left_foot",
+    ),
+    chains=((0, 11, 12, 13, 14, 15), (0, 16, 17, 18, 19, 20), (0, 1, 2, 3, 4), (3, 5, 6, 7), (3, 8, 9, 10)),
+    mirror_pairs=((5, 8), (6, 9), (7, 10), (11, 16), (12, 17), (13, 18), (14, 19), (15, 20)),
+    raw_offsets=_directions(
+        {
+            (0, 1, 0): (1, 2, 3, 4),
+            (1, 0, 0): (5, 11),
+            (-1, 0, 0): (8, 16),
+            (0, 0, 1): (14, 15, 19, 20),
+            (0, -1, 0): (6, 7, 9, 10, 12, 13, 17, 18),
+        },
+        21,
+    ),
+    facing=(11, 16, 5, 8),
+    feet=(19, 20, 14, 15),
+    leg=(17, 18),
+)
 
 _MIRRORED = np.arange(N_JOINTS)
 for _left, _right in MIRROR_PAIRS:

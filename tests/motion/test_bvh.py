@@ -11,7 +11,9 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from scamo.errors import ScaMoError
-from scamo.motion.bvh import load_bvh, read_bvh, save_bvh
+from scamo.motion import features272
+from scamo.motion.body import Body
+from scamo.motion.bvh import load_bvh, read_bvh, rig, save_bvh
 from scamo.motion.ik import fit_rotations
 from scamo.motion.motion import Motion
 from scamo.motion.skeleton import DEFAULT_OFFSETS, JOINT_NAMES, PARENTS, forward_kinematics
@@ -107,6 +109,67 @@ def test_real_motions_are_within_a_millimetre(tmp_path, shared):
         written = File(tmp_path / "m.bvh")
         assert furthest(written.places(), motion.joints) < 1e-3
         assert path not in official or len(written.channels[1]) == 3, "constant bones suffice"
+
+
+@pytest.fixture(scope="module")
+def twisted():
+    """Local rotations (30, 22, 4) with twist everywhere, hands and feet too, and a motion of them."""
+    rng = np.random.default_rng(3)
+    rotations = rng.normal([1, 0, 0, 0], 0.2, (1, 22, 4)) + 0.02 * rng.normal(size=(30, 22, 4)).cumsum(0)
+    rotations /= np.linalg.norm(rotations, axis=-1, keepdims=True)
+    root = np.linspace([0, 0.9, 0], [0.5, 0.9, 2], 30)
+    encoded = features272.encode(forward_kinematics(rotations, root=root), rotations)
+    return rotations, Motion.from_features(encoded.features)
+
+
+def test_features_with_true_rotations_give_theirs(tmp_path, twisted):
+    rotations, motion = twisted
+    cos, sin = np.cos(2.0), np.sin(2.0)
+    turn = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
+    elsewhere = Motion(motion.joints @ turn.T + (4, 0, -3), fps=30, features=motion.features)
+    for one in (motion, elsewhere):
+        one.save(tmp_path / "m.bvh")
+        written = File(tmp_path / "m.bvh")
+        assert written.frame_time == pytest.approx(1 / 30, rel=1e-6)
+        assert furthest(written.places(), one.joints) < 1e-4
+        assert [len(c) for c in written.channels] == [6] + [3] * 21, "constant bones suffice"
+        for joint, name in enumerate(JOINT_NAMES[1:], 1):
+            channels, values = written.joint(name)
+            found = Rotation.from_euler("".join(c[0] for c in channels), values, degrees=True)
+            given = Rotation.from_quat(rotations[:, joint][:, [1, 2, 3, 0]])
+            assert (found.inv() * given).magnitude().max() < 1e-4, name
+        assert rig(one).true
+
+
+def test_joints_that_are_not_those_of_the_features_are_fitted(twisted):
+    _, motion = twisted
+    joints = motion.joints.copy()
+    joints[4, 18] += 0.1
+    fit = rig(Motion(joints, fps=30, features=motion.features))
+    assert not fit.true
+    assert fit.error[4, 18] > 0.005
+    assert not rig(Motion(motion.joints)).true
+
+
+def test_the_21_joints_have_a_hierarchy_of_their_own(tmp_path):
+    """Limbs of constant length, bent at random."""
+    body, rng = Body.of(21), np.random.default_rng(0)
+    turned = np.empty((20, 21, 3, 3))
+    joints = np.zeros((20, 21, 3))
+    for joint, parent in enumerate(body.parents):
+        own = Rotation.from_rotvec(0.3 * rng.normal(size=(20, 3))).as_matrix()
+        turned[:, joint] = own if parent < 0 else turned[:, parent] @ own
+        if parent >= 0:
+            joints[:, joint] = joints[:, parent] + turned[:, parent] @ body.rest[joint]
+    motion = Motion(joints, fps=12.5)
+    motion.save(tmp_path / "m.bvh")
+    animation = read_bvh(tmp_path / "m.bvh")
+    names = [name for name in animation.hierarchy.names if not name.endswith(".end")]
+    assert sorted(names) == sorted(body.names)
+    assert fit_rotations(joints).error.max() < 1e-4
+    back = load_bvh(tmp_path / "m.bvh")
+    assert (back.body, back.fps) == (body, 12.5)
+    assert furthest(back.joints, motion.joints) < 1e-4
 
 
 def test_the_hierarchy_is_a_t_pose_of_the_22_joints(tmp_path):

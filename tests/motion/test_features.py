@@ -11,6 +11,10 @@ from scamo.motion.features import (
     CONTACTS,
     FEATURE_DIM,
     FEATURE_GROUPS,
+    FIXED,
+    HUMANML3D_LAYOUT,
+    KEPT,
+    KIT_LAYOUT,
     POSITIONS,
     ROOT,
     ROTATIONS,
@@ -20,11 +24,10 @@ from scamo.motion.features import (
     offsets_from_joints,
 )
 from scamo.motion.skeleton import (
-    CHAINS,
     DEFAULT_OFFSETS,
+    KIT_SKELETON,
     MIRROR_PAIRS,
     PARENTS,
-    RAW_OFFSETS,
     forward_kinematics,
     mirror_joints,
 )
@@ -55,58 +58,95 @@ def turn_about_y(joints, angle):
     return joints @ Rotation.from_rotvec([0, angle, 0]).as_matrix().T
 
 
+def kit_motion(frames=120, seed=0, turn=0.02):
+    """A body of KIT-ML's 21 joints, a metre tall, that walks a curve; float64 (frames, 21, 3) metres.
+
+    Its joints are those of `smooth_motion` that stand where KIT-ML has some, scaled.
+    """
+    joints = smooth_motion(frames, seed, turn)
+    same = [0, 3, 6, 9, 15, 17, 19, 21, 16, 18, 20, 2, 5, 8, None, 11, 1, 4, 7, None, 10]
+    kit = np.stack([joints[:, j if j is not None else 0] for j in same], axis=1)
+    kit[:, 14], kit[:, 19] = (kit[:, 13] + kit[:, 15]) / 2, (kit[:, 18] + kit[:, 20]) / 2
+    return 0.55 * kit
+
+
 def between(rest, directions):
     """Shortest rotations from one unit vector to (T, 3) others, by quaternions."""
     q = np.concatenate([np.cross(rest, directions), 1 + directions @ rest[:, None]], axis=-1)
     return Rotation.from_quat(q)
 
 
-def literal_features(joints, target_offsets=None):
-    """The published recipe step by step, joint by joint, with scipy's rotations in float64."""
-    joints = np.array(joints, dtype=np.float64)
-    rest = RAW_OFFSETS.astype(np.float64)
+def literal_features(joints, target_offsets=None, layout=HUMANML3D_LAYOUT, fixed=False):
+    """The published recipe step by step, joint by joint, with scipy's rotations in float64.
+
+    fixed: as scamo.motion.features.FIXED says instead.
+    """
+    skeleton = layout.skeleton
+    joints = np.array(joints, dtype=np.float64) * layout.unit
+    rest = skeleton.raw_offsets.astype(np.float64)
+    right_hip, left_hip, right_shoulder, left_shoulder = skeleton.facing
     if target_offsets is not None:
-        target = np.asarray(target_offsets, dtype=np.float64)
-        bones = joints[:, 1:] - joints[:, list(PARENTS[1:])]
-        source_leg = np.linalg.norm(bones[0, [4, 7]], axis=-1).sum()
-        places = {0: joints[:, 0] * np.linalg.norm(target[[5, 8]], axis=-1).sum() / source_leg}
-        for chain in CHAINS:
+        target = np.asarray(target_offsets, dtype=np.float64) * layout.unit
+        bones = joints[:, 1:] - joints[:, list(skeleton.parents[1:])]
+        leg = [4, 5, 7, 8] if fixed else list(skeleton.leg)
+        source_leg = np.linalg.norm(bones[:, [j - 1 for j in leg]], axis=-1).sum(-1)
+        source_leg = np.median(source_leg) if fixed else source_leg[0]
+        places = {0: joints[:, 0] * np.linalg.norm(target[leg], axis=-1).sum() / source_leg}
+        for chain in skeleton.chains:
             for parent, joint in pairwise(chain):
                 bone = bones[:, joint - 1]
                 turn = between(rest[joint], bone / np.linalg.norm(bone, axis=-1, keepdims=True))
                 places[joint] = places[parent] + turn.apply(target[joint])
-        joints = np.stack([places[j] for j in range(22)], axis=1)
-    joints -= [0, joints[..., 1].min(), 0]
+        joints = np.stack([places[j] for j in range(len(skeleton))], axis=1)
+    lowest = joints[..., 1].min(axis=1)
+    if fixed:
+        around = np.pad(lowest, 2, mode="reflect")
+        lowest = [sorted(around[t : t + 5])[2] for t in range(len(joints))]
+    joints -= [0, min(lowest), 0]
     joints -= joints[0, 0] * [1, 0, 1]
-    across = joints[0, 2] - joints[0, 1] + joints[0, 17] - joints[0, 16]
-    forward = np.cross([0, 1, 0], across)
+
+    def smoothed(across):
+        across = across / np.linalg.norm(across, axis=-1, keepdims=True)
+        forward = gaussian_filter1d(np.cross([[0, 1, 0]], across), 20, axis=0, mode="nearest")
+        return forward / np.linalg.norm(forward, axis=-1, keepdims=True)
+
+    def summed():
+        hips = joints[:, right_hip] - joints[:, left_hip]
+        return hips + joints[:, right_shoulder] - joints[:, left_shoulder]
+
+    forward = smoothed(summed())[0] if fixed else np.cross([0, 1, 0], summed()[0])
     facing = between(forward / np.linalg.norm(forward), np.array([[0.0, 0, 1]]))[0]
     joints = facing.apply(joints.reshape(-1, 3)).reshape(joints.shape)
 
-    feet = np.diff(joints[:, [7, 10, 8, 11]], axis=0)
-    contacts = (feet**2).sum(-1) < 0.002
+    feet = np.diff(joints[:, list(skeleton.feet)], axis=0)
+    contacts = (feet**2).sum(-1) < layout.contact
+    if fixed:
+        contacts &= joints[:-1, list(skeleton.feet), 1] < [0.15, 0.10, 0.15, 0.10]
 
-    across = joints[:, 1] - joints[:, 2] + joints[:, 17] - joints[:, 16]
-    across /= np.linalg.norm(across, axis=-1, keepdims=True)
-    forward = gaussian_filter1d(np.cross([[0, 1, 0]], across), 20, axis=0, mode="nearest")
-    forward /= np.linalg.norm(forward, axis=-1, keepdims=True)
+    across = summed()
+    if not fixed:
+        across -= 2 * (joints[:, right_hip] - joints[:, left_hip])
+    forward = smoothed(across)
     quaternions = np.concatenate(
         [np.cross(forward, [0, 0, 1]), 1 + forward @ np.array([[0.0], [0], [1]])], axis=-1
     )
     quaternions[0] = [0, 0, 0, 1]
     root = Rotation.from_quat(quaternions)
     quaternions = root.as_quat()
-    rotations = np.empty((len(joints), 22, 3, 3))
-    for chain in CHAINS:
-        before = root
+    rotations = np.empty((len(joints), len(skeleton), 3, 3))
+    absolutes = {0: Rotation.identity(len(joints)) if fixed else root}
+    for chain in skeleton.chains:
+        before = absolutes[chain[0] if fixed else 0]
         for parent, joint in pairwise(chain):
             bone = joints[:, joint] - joints[:, parent]
-            absolute = between(rest[joint], bone / np.linalg.norm(bone, axis=-1, keepdims=True))
-            rotations[:, joint] = (before.inv() * absolute).as_matrix()
-            before = absolute
+            bone = root.apply(bone) if fixed else bone
+            absolutes[joint] = between(rest[joint], bone / np.linalg.norm(bone, axis=-1, keepdims=True))
+            rotations[:, joint] = (before.inv() * absolutes[joint]).as_matrix()
+            before = absolutes[joint]
 
     y, w = quaternions[:, 1], quaternions[:, 3]
-    yaw = np.arcsin(y[1:] * w[:-1] - w[1:] * y[:-1])
+    sine = y[1:] * w[:-1] - w[1:] * y[:-1]
+    yaw = np.arctan(sine / (w[1:] * w[:-1] + y[1:] * y[:-1])) if fixed else np.arcsin(sine)
     root_step = root[1:].apply(np.diff(joints[:, 0], axis=0))
     local = joints - joints[:, :1] * [1, 0, 1]
     local = np.stack([r.apply(x) for r, x in zip(root, local, strict=True)])
@@ -188,12 +228,24 @@ def test_all_real_clips(shared):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("uniform", [False, True])
-def test_equals_the_recipe_step_by_step(seed, uniform):
+@pytest.mark.parametrize("fixed", [False, True])
+def test_equals_the_recipe_step_by_step(seed, uniform, fixed):
     joints = smooth_motion(frames=70, seed=seed, turn=0.05)
     target = offsets_from_joints(pose() * 1.2) if uniform else None
-    np.testing.assert_allclose(
-        joints_to_features(joints, target_offsets=target), literal_features(joints, target), rtol=0, atol=1e-6
-    )
+    features = joints_to_features(joints, target_offsets=target, variant="fixed" if fixed else "original")
+    np.testing.assert_allclose(features, literal_features(joints, target, fixed=fixed), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("uniform", [False, True])
+def test_kit_equals_the_recipe_step_by_step(seed, uniform):
+    joints = kit_motion(frames=70, seed=seed, turn=0.05)
+    target = offsets_from_joints(kit_motion(seed=9)[0] * 1.2, KIT_LAYOUT) if uniform else None
+    features = joints_to_features(joints, target_offsets=target, layout=KIT_LAYOUT)
+    assert features.shape == (69, 251)
+    expected = literal_features(joints, target, KIT_LAYOUT)
+    # Millimetres up to thousands in float32, and rotations of one.
+    np.testing.assert_allclose(features, expected, rtol=2e-7, atol=1e-6)
 
 
 def test_where_the_body_stands_and_faces_does_not_matter():
@@ -421,3 +473,237 @@ def test_input_is_left_alone():
     before = joints.copy()
     joints_to_features(joints, target_offsets=DEFAULT_OFFSETS)
     np.testing.assert_array_equal(joints, before)
+
+
+@pytest.mark.parametrize("frames", [2, 120])
+def test_kit_round_trip(frames):
+    joints = kit_motion(frames)
+    features = joints_to_features(joints, layout=KIT_LAYOUT)
+    back = features_to_joints(features, KIT_LAYOUT)
+    assert (back.shape, back.dtype) == ((frames - 1, 21, 3), np.float32)
+    np.testing.assert_allclose(back, placed(joints, back), rtol=0, atol=2e-6)
+    both = features_to_joints(torch.from_numpy(np.stack([features, features])), KIT_LAYOUT)
+    np.testing.assert_allclose(both[1].numpy(), back, atol=1e-6)
+
+
+def test_kit_counts_in_millimetres_at_its_own_rate():
+    standing = np.tile(kit_motion(2)[:1], (9, 1, 1))
+    # 0.05 mm² a frame at 12.5 frames a second: 2.8 mm/s.
+    for speed, contact in ((0.0027, 1), (0.0029, 0)):
+        for fps in (12.5, 50):
+            walk = standing + speed / fps * np.arange(9)[:, None, None] * np.array([0, 0, 1.0])
+            features = joints_to_features(walk, layout=KIT_LAYOUT, fps=fps)
+            assert (features[:, KIT_LAYOUT.contacts] == contact).all()
+            np.testing.assert_allclose(np.hypot(*features[:, 1:3].T), 1000 * speed / fps, rtol=1e-4)
+    with pytest.raises(ScaMoError, match="variant: KIT-ML has no 'fixed' one"):
+        joints_to_features(standing, layout=KIT_LAYOUT, variant="fixed")
+    with pytest.raises(ScaMoError, match=r"joints: expected shape \(frames, 21, 3\)"):
+        joints_to_features(np.zeros((5, 22, 3)), layout=KIT_LAYOUT)
+    standing[3, 20, 0] = np.nan
+    with pytest.raises(ScaMoError, match=r"frame 3, joint 20 \(left_foot\): x is nan"):
+        joints_to_features(standing, layout=KIT_LAYOUT)
+
+
+def test_kit_bones_point_where_the_published_mean_says(shared):
+    """Which way each bone rests, and which chain it is in, shows in the mean of its rotation."""
+    mean = np.load(shared / "reference" / "stats" / "kit_ml_Mean.npy")
+    place = np.concatenate([[[0, mean[3], 0]], mean[KIT_LAYOUT.positions].reshape(-1, 3)])
+    six = mean[KIT_LAYOUT.rotations].reshape(20, 2, 3)
+    six /= np.linalg.norm(six, axis=-1, keepdims=True)
+    matrices = np.stack([six[:, 0], six[:, 1], np.cross(six[:, 0], six[:, 1])], axis=-1)
+    for chain in KIT_SKELETON.chains:
+        turn = np.eye(3)
+        for parent, joint in pairwise(chain):
+            turn = turn @ matrices[joint - 1]
+            bone = turn @ KIT_SKELETON.raw_offsets[joint]
+            found = place[joint] - place[parent]
+            assert bone @ found / np.linalg.norm(found) > 0.6, joint
+    # Which of its four joints are feet: those are closest to the floor, and hardly ever under 2.8 mm/s.
+    assert set(np.argsort(place[:, 1])[:4]) == set(KIT_SKELETON.feet)
+    assert (mean[KIT_LAYOUT.contacts] < 0.02).all()
+
+
+def placed(joints, like):
+    """The joints, all frames but the last, moved as a whole onto the first frame of `like`."""
+    joints = joints - joints[0, 0] * [1, 0, 1]
+    joints = joints + [0, like[0, 0, 1] - joints[0, 0, 1], 0]
+    side = KIT_SKELETON.facing[0] if joints.shape[1] == 21 else 16
+    a, b = joints[0, side], like[0, side].astype(np.float64)
+    angle = np.arctan2(b[0], b[2]) - np.arctan2(a[0], a[2])
+    return turn_about_y(joints, angle)[:-1]
+
+
+def fixed_features(joints, **options):
+    return joints_to_features(joints, variant="fixed", **options)
+
+
+def spread(pose_frame):
+    """The pose with shoulders over the hips' line and feet apart: one with a heading under any reading."""
+    return np.tile(pose_frame, (60, 1, 1)).astype(np.float64)
+
+
+def straight_motion(frames=120):
+    """A body whose limbs wave while trunk and heading stay; its feet are on the floor or fast."""
+    joints = np.tile(pose(), (frames, 1, 1))
+    time = np.arange(frames)
+    swing = 0.15 * np.sin(0.5 * time)
+    for hand, elbow, sign in ((20, 18, 1), (21, 19, -1)):
+        joints[:, [hand, elbow], 2] += np.stack([sign * 2 * swing, sign * swing], axis=1)
+    joints[:, [6, 9, 12, 15], 2] = joints[:, [3], 2]
+    return joints + 0.03 * time[:, None, None] * np.array([0, 0, 1.0])
+
+
+def test_the_fixed_variant_equals_the_original_where_no_oddity_occurs():
+    joints = straight_motion()
+    target = offsets_from_joints(pose() * 1.1)
+    for options in ({}, {"target_offsets": target}, {"fps": 30}):
+        features = joints_to_features(joints, **options)
+        assert features.std(axis=0).max() > 0.1
+        np.testing.assert_allclose(fixed_features(joints, **options), features, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("frames", [2, 3, 120])
+def test_the_fixed_variant_recovers_joints_and_does_not_depend_on_the_place(frames):
+    joints = smooth_motion(frames=frames, turn=0.08)
+    features = fixed_features(joints)
+    back = features_to_joints(features)
+    np.testing.assert_allclose(placed(joints, back), back, rtol=0, atol=2e-5)
+    moved = turn_about_y(joints, 2.3) + [3, -0.4, -7]
+    np.testing.assert_allclose(fixed_features(moved), features, rtol=0, atol=3e-6)
+    np.testing.assert_allclose(
+        fixed_features(mirror_joints(joints)), mirrored_features(features), rtol=0, atol=3e-6
+    )
+
+
+def test_fixed_recovers_every_real_clip_and_the_original_loses_those_that_turn(shared):
+    folder = shared / "data" / "humanml3d_cmu" / "joints"
+    lost = 0
+    for path in sorted(folder.glob("*.npy")):
+        joints = np.load(path).astype(np.float64)
+        back = features_to_joints(fixed_features(joints))
+        np.testing.assert_allclose(placed(joints, back), back, rtol=0, atol=2e-4, err_msg=path.stem)
+        back = features_to_joints(joints_to_features(joints))
+        lost += bool(np.abs(placed(joints, back) - back).max() > 0.01)
+    assert lost > 10
+
+
+def twisted():
+    """A body that stands still with its hips turned by 20 degrees."""
+    joints = spread(pose())
+    turn = Rotation.from_rotvec([0, np.deg2rad(20), 0]).as_matrix()
+    joints[:, [1, 2]] = (joints[:, [1, 2]] - joints[:, :1]) @ turn.T + joints[:, :1]
+    return joints
+
+
+def test_fixed_heading_adds_hips_and_shoulders():
+    joints = twisted()
+    wrong, right = joints_to_features(joints), fixed_features(joints)
+    # Hips of 0.18 m and shoulders of 0.36 m: the sum faces 6.7 degrees to the left, the difference as far to
+    # the right and more. What stands still must not turn.
+    assert np.degrees(2 * np.abs(wrong[0, 0])) > 20
+    np.testing.assert_allclose(right[:, 0], 0, atol=1e-7)
+    # Shoulders as wide as the hips leave the original without any heading.
+    with pytest.raises(ScaMoError, match="faces nowhere"):
+        joints_to_features(narrow_shoulders())
+    np.testing.assert_allclose(fixed_features(narrow_shoulders())[:, 0], 0, atol=1e-7)
+
+
+def turning(rate, frames):
+    return np.stack([turn_about_y(pose(), rate * t) for t in range(frames)])
+
+
+def test_fixed_first_heading_is_the_filtered_one():
+    joints = turning(0.03, 100)  # less than half a turn
+    wrong, right = joints_to_features(joints)[:, 0], fixed_features(joints)[:, 0]
+    # The filter looks ahead, so the first filtered heading is not the pose's: a step as large as ten others.
+    assert abs(wrong[0]) > 10 * abs(wrong[1])
+    np.testing.assert_allclose(right[0], right[1], rtol=0.05)
+    np.testing.assert_allclose(right[1:], wrong[1:], atol=1e-6)
+
+
+def test_fixed_half_turn_keeps_its_sign():
+    joints = turning(0.03, 400) + 0.05 * np.arange(400)[:, None, None] * np.array([0, 0, 1])
+    wrong, right = joints_to_features(joints), fixed_features(joints)
+    assert (right[:, 0] < 0).all()
+    flipped = np.flatnonzero(wrong[:, 0] > 0)
+    assert len(flipped) == 2
+    for features, error in ((right, 0), (wrong, 1)):
+        back = features_to_joints(features)
+        found = np.abs(back - placed(joints, back)).max()
+        assert (found > 0.1) if error else (found < 1e-4)
+
+
+def test_fixed_rotations_do_not_hold_the_heading():
+    joints = smooth_motion(frames=2, seed=3)[0]
+    joints = np.stack([turn_about_y(joints, 0.02 * t) for t in range(300)])
+    inner = slice(100, 200)  # clear of the filter's ends
+    wrong, right = (
+        np.ptp(f[inner, ROTATIONS].reshape(-1, 21, 6), axis=0).max(-1)
+        for f in (joints_to_features(joints), fixed_features(joints))
+    )
+    assert right.max() < 1e-5
+    assert (wrong > 0.1).all()
+
+
+def test_fixed_arms_leave_the_spine():
+    """Rotations along the tree, applied to the rest pose, give the bones' directions in the heading frame."""
+    joints = smooth_motion(frames=40, turn=0)
+    bones = joints[:, 1:] - joints[:, list(PARENTS[1:])]
+    bones /= np.linalg.norm(bones, axis=-1, keepdims=True)
+    rest = HUMANML3D_LAYOUT.rest
+
+    def off(features):
+        six = features[:, ROTATIONS].reshape(-1, 21, 2, 3).astype(np.float64)
+        local = np.concatenate([six, np.cross(six[..., 0, :], six[..., 1, :])[..., None, :]], axis=-2)
+        local = local.swapaxes(-1, -2)
+        position = features[:, POSITIONS].reshape(-1, 21, 3)
+        place = np.concatenate([np.zeros((len(six), 1, 3)), position], axis=1)
+        place[:, 0, 1] = features[:, 3]
+        absolute = {0: np.broadcast_to(np.eye(3), (len(six), 3, 3))}
+        errors = []
+        for joint in range(1, 22):
+            absolute[joint] = absolute[PARENTS[joint]] @ local[:, joint - 1]
+            bone = place[:, joint] - place[:, PARENTS[joint]]
+            bone /= np.linalg.norm(bone, axis=-1, keepdims=True)
+            errors.append(np.abs(absolute[joint] @ rest[joint - 1] - bone).max())
+        return np.array(errors)
+
+    assert off(fixed_features(joints)).max() < 1e-5
+    wrong = np.flatnonzero(off(joints_to_features(joints)) > 0.3) + 1
+    assert {13, 14, 16, 17} <= set(wrong)
+
+
+def test_fixed_contacts_want_a_low_foot():
+    joints = spread(pose())
+    joints[:, [4, 7, 10]] += [0, 0.4, 0.1]  # the left foot is held up
+    wrong, right = joints_to_features(joints), fixed_features(joints)
+    np.testing.assert_array_equal(wrong[:, CONTACTS], 1)
+    np.testing.assert_array_equal(right[:, CONTACTS], np.tile([0, 0, 1, 1], (59, 1)))
+
+
+@pytest.mark.parametrize("frame", [0, 30, 59])
+def test_fixed_floor_ignores_one_bad_frame(frame):
+    joints = spread(pose())
+    good = fixed_features(joints)
+    joints[frame, 10, 1] -= 0.3
+    assert joints_to_features(joints)[0, 3] - good[0, 3] == pytest.approx(0.3, abs=1e-6)
+    np.testing.assert_allclose(fixed_features(joints)[:, 3], good[:, 3], atol=1e-6)
+    # What lasts is real.
+    joints[20:40, 10, 1] = good[0, 3] - 2
+    assert fixed_features(joints)[0, 3] == pytest.approx(joints_to_features(joints)[0, 3], abs=1e-6)
+
+
+def test_fixed_leg_is_not_that_of_the_first_frame():
+    joints = straight_motion()
+    target = offsets_from_joints(pose())
+    joints[0, [8, 11], 1] -= 0.4  # a bad right shin
+    speed = joints_to_features(joints, target_offsets=target)[:, 2]
+    assert abs(speed / 0.03 - 1).min() > 0.2
+    np.testing.assert_allclose(fixed_features(joints, target_offsets=target)[:, 2], 0.03, rtol=1e-4)
+
+
+def test_the_lists_of_differences():
+    assert set(FIXED).isdisjoint(KEPT)
+    assert all(isinstance(text, str) and text for text in (FIXED | KEPT).values())
+    with pytest.raises(ScaMoError, match="variant: expected one of original, fixed, got 'new'"):
+        joints_to_features(spread(pose()), variant="new")

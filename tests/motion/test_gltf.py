@@ -14,6 +14,7 @@ from scipy.spatial.transform import Rotation
 from scamo.motion.gltf import save_glb
 from scamo.motion.ik import fit_rotations
 from scamo.motion.motion import Motion
+from scamo.motion.representation import SMPL_272
 from scamo.motion.skeleton import JOINT_NAMES, PARENTS
 from scamo.motion.synthetic import corpus_clip
 
@@ -227,3 +228,16 @@ def test_real_motions_are_within_a_millimetre(tmp_path, shared):
         motion = Motion(np.load(path)[:60])
         motion.save(tmp_path / "m.glb")
         assert furthest(File(tmp_path / "m.glb").joints(), motion.joints) < 1e-3
+
+
+def test_the_file_says_whose_the_rotations_are(tmp_path):
+    clip = corpus_clip(4).joints
+    own = Motion.from_features(SMPL_272.from_joints(clip))
+    for motion, said in ((own, "true, those of the features"), (Motion(clip), "fitted to joint positions")):
+        motion.save(tmp_path / "m.glb")
+        file = File(tmp_path / "m.glb")
+        assert file.json["asset"]["extras"]["rotations"] == said
+        assert furthest(file.joints(), motion.joints) < 1e-4
+        turned = {c["target"]["node"] for c in file.json["animations"][0]["channels"]
+                  if c["target"]["path"] == "rotation"}  # fmt: skip
+        assert (JOINT_NAMES.index("left_wrist") in turned) == (motion is own)

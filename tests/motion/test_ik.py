@@ -154,7 +154,7 @@ def test_stretched_bones_are_met_by_local_positions():
 
 def test_bad_joints_are_named():
     good = posed(4)
-    with pytest.raises(ScaMoError, match=r"joints: expected shape \(frames, 22, 3\), got \(22, 3\)"):
+    with pytest.raises(ScaMoError, match=r"joints: expected shape \(frames, .*22.*, 3\), got \(22, 3\)"):
         fit_rotations(good[0])
     with pytest.raises(ScaMoError, match="got \\(0, 22, 3\\)"):
         fit_rotations(good[:0])

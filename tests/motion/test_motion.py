@@ -65,11 +65,14 @@ def bad_joints():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Motion(np.zeros((3, 21, 3))), r"joints: expected shape \(frames, 22, 3\), got \(3, 21, 3\)"),
+        (lambda: Motion(np.zeros((3, 20, 3))), r"joints: expected 21, 22 or 24 of them, got 20"),
+        (lambda: Motion(np.zeros((22, 3))), r"joints: expected shape \(frames, 21, 22 or 24, 3\)"),
         (lambda: Motion(np.zeros((0, 22, 3))), r"joints: expected .* got \(0, 22, 3\)"),
         (lambda: Motion(bad_joints()), r"frame 4, joint 18 \(left_elbow\) is not finite"),
         (lambda: Motion(walk(), fps=0), r"fps: expected a positive number, got 0"),
-        (lambda: Motion(walk(9), features=np.zeros((8, 263))), r"features: expected shape \(9, 263\)"),
+        (lambda: Motion(walk(9), features=np.zeros((8, 263))), r"features: expected shape \(9, features\)"),
+        (lambda: Motion(walk(9), features=np.zeros((9, 251))), r"features: 251 are of 21 joints, .* has 22"),
+        (lambda: Motion(walk(9), features=np.zeros((9, 100))), r"feature_dim = 100: expected one of 263"),
         (lambda: Motion(walk(), tokens=np.zeros((2, 2))), r"tokens: expected one row"),
     ],
 )

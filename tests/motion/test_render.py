@@ -359,3 +359,12 @@ def test_html_draws_the_body_in_a_browser(tmp_path):
 def test_sides_are_those_of_the_joints():
     for joint, name in enumerate(JOINT_NAMES):
         assert render.side_of(joint) == (name.split("_")[0] if "_" in name else "middle")
+
+
+def test_motions_of_one_body_share_a_page(tmp_path):
+    other = Motion(np.random.default_rng(0).normal(size=(3, 21, 3)), fps=12.5)
+    with pytest.raises(ScaMoError, match="bodies of 21 and 22 joints, expected one body"):
+        render.save_html([walk(), other], tmp_path / "m.html")
+    assert not list(tmp_path.iterdir())
+    render.grid_png([("a", walk()), ("b", other)], tmp_path / "m.png", poses=2)
+    assert (tmp_path / "m.png").stat().st_size > 1000
