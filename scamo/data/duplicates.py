@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scamo.data.inspect import MARKS
-from scamo.motion.representation import KIT_ML, Representation
+from scamo.motion.representation import KIT_ML, SNAPMOGEN, Representation
 
 Kind = Literal["identical", "near", "part", "overlap", "mirrored"]
 
@@ -46,7 +46,7 @@ _SMOOTH_S = 0.45
 _STRICT = 0.65
 _HOPELESS = 4.0  # so many times too far apart at the voted shift, unsmoothed: not looked at any closer
 _LEGS = (1, 2, 4, 5, 7, 8, 10, 11)
-_KIT_LEGS = tuple(range(11, 21))
+_OTHER_LEGS = {KIT_ML.feature_dim: tuple(range(11, 21)), SNAPMOGEN.feature_dim: tuple(range(16, 24))}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Match:
 def still_share(features: NDArray, representation: Representation, fps: float, mm_s: float) -> float:
     """Share of a clip's frames (T, feature_dim) whose fastest joint is slower than mm_s, millimetres/s."""
     steps = features[:, representation.velocities].astype(np.float64).reshape(len(features), -1, 3)
-    fastest = np.sqrt(np.square(steps).sum(-1).max(-1)) * _unit(representation) * fps * 1000
+    fastest = np.sqrt(np.square(steps).sum(-1).max(-1)) * representation.unit * fps * 1000
     return float((fastest < mm_s).mean())
 
 
@@ -110,7 +110,7 @@ class DuplicateIndex:
         self.representation, self.fps, self._features = representation, fps, features
         self.near_mm, self.overlap = near_mm, max(1, round(overlap_s * fps))
         self._reach, self._smooth = max(1, round(_REACH_S * fps)), max(1, round(_SMOOTH_S * fps))
-        self._legs = _KIT_LEGS if representation is KIT_ML else _LEGS
+        self._legs = _OTHER_LEGS.get(representation.feature_dim, _LEGS)
         self._keys: list[NDArray[np.uint64]] = []
         self._places: list[NDArray[np.uint64]] = []
         self._first: dict[bytes, int] = {}
@@ -290,10 +290,6 @@ def _flat(body: NDArray[np.float64]) -> NDArray[np.complex128]:
     return body[..., 0] + 1j * body[..., 2]
 
 
-def _unit(representation: Representation) -> float:
-    return 0.001 if representation is KIT_ML else 1.0
-
-
 def _body(
     features: NDArray, representation: Representation, joints: tuple[int, ...] | None = None
 ) -> NDArray[np.float64]:
@@ -303,7 +299,7 @@ def _body(
         root = np.zeros((len(features), 1, 3))
         root[:, 0, 1] = features[:, representation.root.stop - 1]
         local = np.concatenate([root, local], axis=1)
-    return (local if joints is None else local[:, list(joints)]) * _unit(representation)
+    return (local if joints is None else local[:, list(joints)]) * representation.unit
 
 
 def _lengths(marks: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scamo.data.dataset import MotionDataset
 from scamo.errors import ScaMoError
 from scamo.motion import measures
-from scamo.motion.representation import HUMANML3D, KIT_ML, SMPL_272, Representation
+from scamo.motion.representation import HUMANML3D, KIT_ML, SMPL_272, SNAPMOGEN, Representation
 from scamo.motion.skeleton import CHAINS, FACING, LEFT_FOOT, N_JOINTS, PARENTS, RIGHT_FOOT
 
 STILL_SPEED = 0.1  # m/s: a body whose fastest joint is slower does not move
@@ -55,6 +55,7 @@ MARKS = {
     HUMANML3D.feature_dim: (0, 15, 20, 21, 7, 8),
     SMPL_272.feature_dim: (0, 15, 20, 21, 7, 8),
     KIT_ML.feature_dim: (0, 4, 10, 7, 18, 13),
+    SNAPMOGEN.feature_dim: (0, 6, 10, 14, 18, 22),
 }
 _SWAPPED = (0, 1, 3, 2, 5, 4)
 _INSTANTS = 8
@@ -110,8 +111,9 @@ def step_errors(features: NDArray, representation: Representation) -> tuple[NDAr
     places = features[:, representation.positions].reshape(len(features), -1, 3).astype(np.float64)
     said = features[:, representation.velocities].reshape(len(features), -1, 3)
     said = said[:, said.shape[1] - places.shape[1] :]
-    if representation is SMPL_272:
-        off = abs(np.diff(places, axis=0) - said[1:]).max((1, 2))
+    if representation in (SMPL_272, SNAPMOGEN):
+        said = said[1:] if representation is SMPL_272 else said[:-1]
+        off = abs(np.diff(places, axis=0) - said).max((1, 2)) * representation.unit
         return off, np.zeros(len(off), dtype=bool)
     before, after = places[:-1], places[1:].copy()
     after[..., [0, 2]] += features[:-1, None, 1:3]
@@ -122,7 +124,7 @@ def step_errors(features: NDArray, representation: Representation) -> tuple[NDAr
         moved = after.copy()
         moved[..., 0] = after[..., 0] * cos - after[..., 2] * sin
         moved[..., 2] = after[..., 2] * cos + after[..., 0] * sin
-        return abs(moved - before - said[:-1]).max((1, 2)) * (0.001 if representation is KIT_ML else 1)
+        return abs(moved - before - said[:-1]).max((1, 2)) * representation.unit
 
     off = steps(1)
     crossing = np.zeros(len(off), dtype=bool)
@@ -151,6 +153,8 @@ def implausible(
 
     if representation is SMPL_272:
         turns = np.arctan2(features[:, 4], features[:, 2])
+    elif representation is SNAPMOGEN:
+        turns = np.remainder(features[:, 0] + np.pi, 2 * np.pi) - np.pi  # the script's are within two turns
     else:
         turns = 2 * features[:, 0]
     frame = int(abs(turns).argmax())
@@ -214,10 +218,9 @@ def fingerprint(features: NDArray, joints: NDArray, representation: Representati
     """
     instants = np.round(np.linspace(0, len(joints) - 1, _INSTANTS)).astype(int)
     marks = MARKS[representation.feature_dim]
-    unit = 0.001 if representation is KIT_ML else 1.0
     local = features[instants][:, representation.positions].reshape(_INSTANTS, -1, 3)
     points = np.empty((_INSTANTS, len(marks), 3), dtype=np.float32)
-    points[:, 1:] = local[:, np.array(marks[1:]) - representation.first_position] * unit
+    points[:, 1:] = local[:, np.array(marks[1:]) - representation.first_position] * representation.unit
     pelvis = joints[instants, marks[0]]
     points[:, 0, 0], points[:, 0, 1] = 0, pelvis[:, 1]
     points[:, 0, 2] = np.hypot(*(pelvis[:, [0, 2]] - pelvis[0, [0, 2]]).T)
