@@ -44,12 +44,14 @@ class TokenizerConfig:
 
     codebook_size: for "fsq" one of the paper's names (256 ... 65536), or the product of `levels` when those
         are given; for "vq" the exact number of codes.
+    feature_dim: features a frame; 0 takes them from the statistics that the network is given, which are the
+        dataset's, and 263 without any.
     quantizer: "fsq" or "vq" (the baseline of eqs. 1-2, with a learnt codebook; it has no levels).
     """
 
     codebook_size: int = 65536
     levels: tuple[int, ...] | None = None
-    feature_dim: int = 263
+    feature_dim: int = 0
     width: int = 512
     latent_width: int = 512
     downsample_stages: int = 2
@@ -73,7 +75,8 @@ class TokenizerConfig:
             object.__setattr__(self, "levels", tuple(int(level) for level in self.levels))
             if not self.levels or min(self.levels) < 2:
                 raise ScaMoError(f"levels = {list(self.levels)}: expected at least one level, each 2 or more")
-        _positive(self, "feature_dim", "width", "latent_width", "downsample_stages", "depth", "dilation_base")
+        _not_negative(self, "feature_dim")
+        _positive(self, "width", "latent_width", "downsample_stages", "depth", "dilation_base")
 
     @property
     def fsq_levels(self) -> tuple[int, ...]:
@@ -103,9 +106,9 @@ class TokenizerTrainingConfig:
     """Tokenizer training (paper Tab. 4 and the defaults that the released code inherits).
 
     feature_weight: weight of the mean over all features.
-    position_weight: extra weight of the local positions, features 4:67 (the released code's 0.5).
+    position_weight: extra weight of the positions, features 4:67 of 263 (the released code's 0.5).
     extremity_weight: extra weight of the positions of ankles, feet and wrists, which gestures are made with.
-    root_weight: extra weight of the root's velocities and height, features 0:4, that paths come from.
+    root_weight: extra weight of the root's features that paths come from, 0:4 of 263: velocities and height.
     saturation_weight: weight of the squared excess of the latents over 1.5, where tanh has lost its slope;
         above 0 it keeps a codebook alive under learning rates that are high for the width.
     schedule: of the rate after the warm-up: "step" (times `decay` from `milestone` of the run on) or "cosine"
@@ -159,23 +162,25 @@ class TokenizerRunConfig:
 
 @dataclass(frozen=True)
 class EvaluatorConfig:
-    """The two encoders of our own evaluator. text_width is taken from the dataset's text states when it is 0.
+    """The two encoders of our own evaluator.
 
+    feature_dim, text_width, max_frames: taken from the dataset when they are 0.
     layers: residual blocks at a quarter of the frame rate, dilations 1, base, base^2, 1, ...
-    max_frames: longer motions are cut.
+    max_frames: longer motions are cut; the longest of the dataset's representation, 196 of 263 features.
     """
 
-    feature_dim: int = 263
+    feature_dim: int = 0
     text_width: int = 0
     width: int = 256
     embedding: int = 256
     layers: int = 3
     dilation_base: int = 3
     dropout: float = 0.1
-    max_frames: int = 196
+    max_frames: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "feature_dim", "width", "embedding", "layers", "dilation_base", "max_frames")
+        _not_negative(self, "feature_dim", "text_width", "max_frames")
+        _positive(self, "width", "embedding", "layers", "dilation_base")
         if not 0 <= self.dropout < 1:
             raise ScaMoError(f"dropout = {self.dropout}: expected a probability in [0, 1)")
 
@@ -338,9 +343,7 @@ class TrainingConfig:
             "save_every", "keep_checkpoints", "log_every",
         )  # fmt: skip
         _one_of(self, "kernels", "auto", "triton", "torch")
-        for name in ("keep_every", "peak_tflops", "validate_batches", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
-                raise ScaMoError(f"{name} = {getattr(self, name)}: expected 0 or more")
+        _not_negative(self, "keep_every", "peak_tflops", "validate_batches", "weight_decay", "clip_norm")
         if self.keep_every % self.save_every:
             raise ScaMoError(
                 f"keep_every = {self.keep_every}: expected a multiple of save_every = {self.save_every}"
@@ -365,6 +368,12 @@ def _positive(config: Any, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
             raise ScaMoError(f"{name} = {getattr(config, name)}: expected a value above 0")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 0:
+            raise ScaMoError(f"{name} = {getattr(config, name)}: expected 0 or more")
 
 
 def _one_of(config: Any, name: str, *choices: str) -> None:

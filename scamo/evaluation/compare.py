@@ -565,7 +565,7 @@ def _page(report: Mapping[str, Any], entries: Sequence[_Run], shown: Sequence[in
         "TABLES": _tables(report),
         "MOTIONS": _motions(report, shown),
         "FIGURE": figure_script(),
-        "DATA": script_json(body_constants() | {"motions": motions}),
+        "DATA": script_json(body_constants(entries[0].motions) | {"motions": motions}),
     }
     template = (Path(__file__).parent / "compare.html").read_text(encoding="utf-8")
     return re.sub(r"__([A-Z]+)__", lambda match: parts[match[1]], template)

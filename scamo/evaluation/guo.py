@@ -23,6 +23,7 @@ from scamo.data.storage import whole_folder
 from scamo.errors import ScaMoError
 from scamo.evaluation.evaluator import SCHEMA_VERSION, Evaluator, read_evaluator
 from scamo.evaluation.word_vectors import CLASSES, MAX_WORDS, WordVectors, load_words, tag_text
+from scamo.motion.representation import HUMANML3D, KIT_ML
 from scamo.weights import CONFIG, WEIGHTS, check_state, write_files
 
 FORMAT = "scamo-evaluator-guo"
@@ -30,7 +31,7 @@ WORDS = "words.json"
 UNIT = 4  # frames of a step
 MAX_FRAMES = 196
 CONTACTS = 4  # the last features, which the networks don't see
-FPS = {263: 20.0, 251: 12.5}  # HumanML3D, KIT-ML
+FPS = {one.feature_dim: one.fps for one in (HUMANML3D, KIT_ML)}
 CHUNK = 32  # motions or sentences of one forward pass, of like lengths
 
 

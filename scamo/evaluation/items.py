@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scamo.data.dataset import MotionDataset
+from scamo.motion.representation import HUMANML3D, Representation
 
 UNIT = 4  # frames: the evaluators' step, to which lengths are floored
 MOST_TURNS = 3  # captions of an item that the strict protocol asks for; HumanML3D has three of most
@@ -35,6 +36,17 @@ class Draw(NamedTuple):
 
     def texts(self, dataset: MotionDataset) -> list[str]:
         return [dataset.caption(int(caption)) for caption in self.captions]
+
+
+def item_frames(dataset: MotionDataset) -> tuple[int, int]:
+    """The shortest and one more than the longest item of Guo et al.'s protocol, at the dataset's frame rate.
+
+    They are the representation's; those of HumanML3D where the features are of none that is known.
+    """
+    representation = Representation.find(dataset.feature_dim) or HUMANML3D
+    factor = dataset.fps / representation.fps
+    shortest, longest = (round(frames * factor) for frames in representation.item_frames)
+    return shortest, longest
 
 
 def source_clips(dataset: MotionDataset, items: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

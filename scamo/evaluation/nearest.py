@@ -9,10 +9,7 @@ import numpy as np
 import torch
 
 from scamo.errors import ScaMoError
-
-# Root height and the 21 local positions: the pose without heading and without travelled distance.
-_HEIGHT, _POSITIONS = slice(3, 4), slice(4, 67)
-_JOINTS = 22
+from scamo.motion.representation import Representation
 
 
 @dataclass(frozen=True)
@@ -27,34 +24,33 @@ class Nearest:
 def nearest_windows(queries: Sequence[np.ndarray], clips: Iterable[tuple[str, np.ndarray]]) -> list[Nearest]:
     """Find, for each query, the window of equal length in any of `clips` whose poses are nearest to its own.
 
-    The distance is the root mean square, over frames and the 22 joints, of the distance between
-    corresponding joints after heading and horizontal position are removed: the local positions of the
-    263 features and the root height. A clip shorter than the query is compared at its own length with the
-    best part of the query, so that a short copy is found too.
+    The distance is the root mean square, over frames and joints, of the distance between corresponding joints
+    after heading and horizontal position are removed: every frame's pose by itself. A clip shorter than the
+    query is compared at its own length with the best part of the query, so that a short copy is found too.
 
     Args:
-        queries: (T, 263) float each, raw (not normalised).
-        clips: (name, (T_i, 263)) pairs, read once.
+        queries: (T, C) float each, raw (not normalised) features of one representation.
+        clips: (name, (T_i, C)) pairs, read once.
 
     Returns:
         The nearest window of each query; 0 mm for a copy of a training clip.
 
     Raises:
-        ScaMoError: a query is not (T, 263) with T >= 1, or there are no clips.
+        ScaMoError: a query is not (T, C) with T >= 1, queries or clips differ in C, or there are no clips.
     """
-    for query in queries:
-        if query.ndim != 2 or query.shape[1] != 263 or not len(query):
-            raise ScaMoError(f"features of shape {query.shape}: expected (T, 263) with at least one frame")
-    poses = [_poses(query) for query in queries]
+    if not queries:
+        return []
+    representation = Representation.of(queries[0].shape[-1])
+    poses = [_poses(query, representation, "features") for query in queries]
     # Centred on a common pose, in float64: |a - b|^2 = |a|^2 + |b|^2 - 2 <a, b> would cancel badly otherwise.
-    centre = np.concatenate(poses).mean(0) if poses else np.zeros(64)
+    centre = np.concatenate(poses).mean(0)
     wanted = [torch.from_numpy(pose - centre) for pose in poses]
     norms = [_prefix_sums(pose) for pose in wanted]
     best: list[Nearest | None] = [None] * len(queries)
     for name, features in clips:
         if not len(features):
             continue
-        clip = torch.from_numpy(_poses(features) - centre)
+        clip = torch.from_numpy(_poses(features, representation, f"clip {name}") - centre)
         clip_norms = _prefix_sums(clip)
         for index, (target, target_norms) in enumerate(zip(wanted, norms, strict=True)):
             n, offsets = min(len(clip), len(target)), abs(len(clip) - len(target)) + 1
@@ -66,7 +62,7 @@ def nearest_windows(queries: Sequence[np.ndarray], clips: Iterable[tuple[str, np
             long, short = (clip_norms, target_norms) if down else (target_norms, clip_norms)
             total = (long[n:] - long[:-n] + short[-1] - 2 * along).clamp_min_(0)
             value, at = total.min(0)
-            distance = 1000 * float(value / (n * _JOINTS)) ** 0.5
+            distance = 1000 * float(value / (n * representation.n_joints)) ** 0.5
             known = best[index]
             if known is None or distance < known.distance_mm:
                 best[index] = Nearest(name, int(at) if down else 0, distance)
@@ -85,5 +81,10 @@ def _prefix_sums(poses: torch.Tensor) -> torch.Tensor:
     return torch.cat([poses.new_zeros(1), poses.square().sum(1).cumsum(0)])
 
 
-def _poses(features: np.ndarray) -> np.ndarray:
-    return np.concatenate([features[:, _HEIGHT], features[:, _POSITIONS]], axis=1).astype(np.float64)
+def _poses(features: np.ndarray, representation: Representation, what: str) -> np.ndarray:
+    """Joints (T, 3 J) of every frame as if it were the only one: its root at X = Z = 0, facing +Z."""
+    if features.ndim != 2 or features.shape[1] != representation.feature_dim or not len(features):
+        expected = f"(T, {representation.feature_dim}) with at least one frame"
+        raise ScaMoError(f"{what} of shape {features.shape}: expected {expected}")
+    joints = representation.to_joints(features[:, None].astype(np.float64))
+    return joints.reshape(len(features), -1)

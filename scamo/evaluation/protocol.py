@@ -28,18 +28,25 @@ from scamo.device import resolve_device
 from scamo.errors import ScaMoError
 from scamo.evaluation import metrics
 from scamo.evaluation.evaluator import Evaluator, check_statistics, held, load_evaluator
-from scamo.evaluation.items import UNIT, Draw, draw_humanml3d, draw_strict, source_clips, strict_turns
+from scamo.evaluation.items import (
+    UNIT,
+    Draw,
+    draw_humanml3d,
+    draw_strict,
+    item_frames,
+    source_clips,
+    strict_turns,
+)
 from scamo.evaluation.ranks import Ranks
 from scamo.evaluation.report import FORMAT, summary, write_report
 from scamo.generation.api import ScaMo
+from scamo.generation.export import identify
 from scamo.motion import measures
-from scamo.motion.features import FEATURE_DIM, features_to_joints
+from scamo.motion.representation import Representation
 from scamo.tokenizers.encode import decode_tokens, encode_motions
 
 PROTOCOLS = ("humanml3d", "strict")
 TOP_K = 3
-# Frames of an item in Guo et al.'s protocol, [shortest, longest): of HumanML3D and of KIT-ML.
-FRAMES = {FEATURE_DIM: (40, 200), 251: (24, 200)}
 Motions = list[NDArray[np.float32]]
 
 
@@ -161,6 +168,7 @@ def evaluate_run(
         if ledger is not None:
             report["test_split_met"] = ledger.record()
         report["run"] = None if run is None else Path(run).resolve().name
+        report["model_sha256"] = None if run is None else identify(run)["sha256"]
         report["date"] = datetime.date.today().isoformat()
         report["version"] = scamo.__version__
         target = _out(run, out, settings, data)
@@ -258,7 +266,7 @@ def _items(data: MotionDataset, judge: Evaluator, settings: Settings) -> tuple[N
     frames = data.item_lengths[items]
     kept = np.ones(len(items), dtype=bool)
     if settings.protocol == "humanml3d":
-        shortest, longest = FRAMES.get(data.feature_dim, FRAMES[FEATURE_DIM])
+        shortest, longest = item_frames(data)
         kept = (frames >= shortest) & (frames < longest)
     least = max(judge.min_frames, UNIT)
     short = items[kept & (frames < least)]
@@ -523,14 +531,15 @@ class _Evaluation:
 
     def _physics(self, name: str, motions: Motions, true: Motions | None) -> None:
         """How physical every motion is and, for a reconstruction, its errors; once (the first repeat)."""
-        if self.data.feature_dim != FEATURE_DIM:
-            self.left_out["physics"] = (
-                f"needs {FEATURE_DIM} features a frame, these have {self.data.feature_dim}"
-            )
+        representation = Representation.find(self.data.feature_dim)
+        if representation is None:
+            self.left_out["physics"] = f"{self.data.feature_dim} features a frame are of no known body"
             return
         values: dict[str, list[float]] = {}
-        joints = [features_to_joints(motion) for motion in motions]
-        truth: Sequence[Any] = [None] * len(joints) if true is None else [features_to_joints(m) for m in true]
+        joints = [representation.to_joints(motion) for motion in motions]
+        truth: Sequence[Any] = [None] * len(joints)
+        if true is not None:
+            truth = [representation.to_joints(motion) for motion in true]
         for made, real in zip(joints, truth, strict=True):
             found = measures.physics(made, self.data.fps)
             if real is not None:

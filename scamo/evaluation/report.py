@@ -6,6 +6,7 @@ chance      R-precision of motions that have nothing to do with their sentences
 left_out    metric: why it could not be measured; it has no number anywhere
 caveats     metric: what to mind when comparing it
 generated   motions, and how many ran into the length limit
+model_sha256    of the transformer, and of the tokenizer's weights and config.json; None without a model
 """
 
 from __future__ import annotations
@@ -81,6 +82,11 @@ def summary(report: dict[str, Any]) -> str:
             f"- {made['motions']:,d} motions generated ({how}, seed {settings['seed']}), "
             f"{made['at_the_length_limit']:,d} up to the length limit."
         )
+    if report.get("model_sha256"):
+        hashes = ", ".join(
+            f"{name.replace('_', ' ')} {digest[:12]}" for name, digest in report["model_sha256"].items()
+        )
+        lines.append(f"- SHA-256 of the model: {hashes}.")
     for what, entries in (("left out", report["left_out"]), ("mind", report["caveats"])):
         lines += [f"- {name}, {what}: {why}." for name, why in entries.items()]
     if data["items_filtered"]:

@@ -9,9 +9,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from scamo.errors import ScaMoError
 from scamo.evaluation.ceilings import ceilings
 from scamo.evaluation.text_following import evaluate, load_prompts
 from scamo.generation.api import ScaMo
+from scamo.generation.export import identify
+from scamo.motion.representation import HUMANML3D
 
 
 def run_text_following(
@@ -34,14 +37,17 @@ def run_text_following(
         device: auto, cpu or cuda.
 
     Returns:
-        The report of `scamo.evaluation.text_following.evaluate`, with the sampling settings and `ceilings`:
-        what the corpus' own motions score, as they are, through features and through this tokenizer.
+        The report of `scamo.evaluation.text_following.evaluate`, with the sampling settings, the hashes of
+        the model and `ceilings`: what the corpus' own motions score, as they are, through features and
+        through this tokenizer.
 
     Raises:
-        ScaMoError: the run cannot be loaded or the prompt file is not the checked-in one.
+        ScaMoError: the run cannot be loaded, makes other features than HumanML3D's 263 at 20 fps, which the
+            measure is made for, or the prompt file is not the checked-in one.
     """
     prompts = load_prompts()
     model = ScaMo.load(run, device=device)
+    _check_format(model, run)
     motions = model.generate(
         [prompt.text for prompt in prompts.prompts], seed=seed, temperature=temperature, greedy=greedy
     )
@@ -51,6 +57,7 @@ def run_text_following(
         )
     report["ceilings"] = ceilings(prompts, model.tokenizer)
     report["sampling"] = {"seed": seed, "temperature": temperature, "greedy": greedy}
+    report["model_sha256"] = identify(run)["sha256"]
     print(summary(report))
     if out is not None:
         out = Path(out)
@@ -58,6 +65,15 @@ def run_text_following(
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         temporary.replace(out)
     return report
+
+
+def _check_format(model: ScaMo, run: str | Path) -> None:
+    features = model.tokenizer.config.feature_dim
+    if features != HUMANML3D.feature_dim or model.fps != HUMANML3D.fps:
+        raise ScaMoError(
+            f"{run}: makes {features} features at {model.fps:g} fps; text-following is measured on "
+            f"{HUMANML3D.name}'s {HUMANML3D.feature_dim} at {HUMANML3D.fps:g} only"
+        )
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from scamo.data.dataset import MotionDataset, TextStore
 from scamo.device import resolve_device
 from scamo.errors import ScaMoError
 from scamo.evaluation.contrastive import DOWNSAMPLING, ContrastiveEvaluator, ContrastiveNetwork, pad
-from scamo.evaluation.items import draw_strict, source_clips, strict_turns
+from scamo.evaluation.items import draw_strict, item_frames, source_clips, strict_turns
 from scamo.evaluation.metrics import expected_r_precision
 
 POOL = 32
@@ -146,7 +146,12 @@ def train_evaluator(
             raise ScaMoError(
                 f"evaluator.{key} = {getattr(network_config, key)}: {first.folder} has {found}; leave it out"
             )
-    network_config = replace(network_config, feature_dim=first.feature_dim, text_width=store.width)
+    network_config = replace(
+        network_config,
+        feature_dim=first.feature_dim,
+        text_width=store.width,
+        max_frames=network_config.max_frames or (item_frames(first)[1] - 1) // DOWNSAMPLING * DOWNSAMPLING,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         network = ContrastiveNetwork(network_config, first.mean, first.std).to(where)

@@ -25,6 +25,7 @@ from scamo.generation.long import (
     Given,
     Part,
     Roll,
+    Timeline,
     continued,
     filled,
     likelihood,
@@ -35,6 +36,7 @@ from scamo.generation.stream import FeatureStream, JointStream, context_tokens
 from scamo.models.layers import check_bf16
 from scamo.models.prefix_lm import PrefixLM
 from scamo.motion.motion import Motion
+from scamo.motion.representation import Representation
 from scamo.tokenizers import load_tokenizer
 from scamo.tokenizers.autoencoder import MotionAutoencoder
 from scamo.tokenizers.encode import decode_tokens
@@ -53,16 +55,22 @@ class ScaMo:
         model: PrefixLM,
         tokenizer: MotionAutoencoder,
         text_encoder: TextEncoder,
-        fps: float = 20.0,
+        fps: float | None = None,
     ) -> None:
-        """Raises ScaMoError when the parts do not fit: numbers of codes, widths of the text states."""
+        """fps: of the motions; None for that of the tokenizer's representation.
+
+        Raises ScaMoError when the parts do not fit (numbers of codes, widths of the text states), or the
+        tokenizer has features of no known representation.
+        """
         check_codes(model.config, tokenizer, "tokenizer")
         if text_encoder.width != model.config.text_width:
             raise ScaMoError(
                 f"text encoder {text_encoder.name}: states of width {text_encoder.width}, "
                 f"but the transformer was made for {model.config.text_width}"
             )
-        self.model, self.tokenizer, self.text_encoder, self.fps = model, tokenizer, text_encoder, fps
+        self.model, self.tokenizer, self.text_encoder = model, tokenizer, text_encoder
+        self.representation = Representation.of(tokenizer.config.feature_dim)
+        self.fps = self.representation.fps if fps is None else fps
         self._spare: dict[tuple[Sampling, int, float], Engine] = {}
 
     @classmethod
@@ -137,6 +145,7 @@ class ScaMo:
         best_of: int | None = None,
         evaluator: str | Path | Evaluator | None = None,
         batch_size: int = 32,
+        finished: Callable[[int], object] = lambda index: None,
         **settings: Any,
     ) -> Motion | list[Motion] | list[list[Motion]]:
         """Generate a motion for a sentence, or one for each of several.
@@ -154,6 +163,7 @@ class ScaMo:
                 score: the distance of sentence and motion in the evaluator's space.
             evaluator: for best_of: the folder of one, or what `load_evaluator` gave.
             batch_size: motions at a time; bounds the memory. Those that end make room for the next.
+            finished: called with the index of a sentence when a motion of it has all its tokens.
             temperature, top_k, top_p, min_p, greedy: see Sampling.
             guidance: 1 (off) or more: logits = null + guidance (text - null), null being the logits without a
                 text. For models that were trained with training.drop_text; takes twice the time.
@@ -196,6 +206,7 @@ class ScaMo:
             with self._engine(sampling, min(batch_size, len(prompts)), guidance) as engine:
                 for ticket, codes in collect(engine.run(self._requests(prompts))):
                     tokens[ticket] = codes
+                    finished(ticket // count)
         motions = []
         for prompt, codes, features in zip(
             prompts, tokens, decode_tokens(self.tokenizer, tokens), strict=True
@@ -262,41 +273,87 @@ class ScaMo:
         Raises:
             ScaMoError: no part, a bad part (with its index), start or option.
         """
-        limits, most = self._parts(parts), self.config.max_motion
+        (motions,) = self.timelines(
+            [Timeline(parts, start, seed)], samples=samples, context=context, window=window,
+            batch_size=batch_size, **sampling,
+        )  # fmt: skip
+        return motions if samples is not None else motions[0]
+
+    def timelines(
+        self,
+        lines: Sequence[Timeline],
+        *,
+        samples: int | None = None,
+        context: int | None = None,
+        window: int | None = None,
+        batch_size: int = 32,
+        finished: Callable[[int], object] = lambda index: None,
+        **sampling: Any,
+    ) -> list[list[Motion]]:
+        """Several timelines side by side: for each a list of `samples` motions, or of one.
+
+        finished: called with the index of a line when a motion of it has all its tokens. All else as in
+        `timeline`.
+        """
+        most = self.config.max_motion
         chosen, guidance = self._sampling(**sampling)
-        context = self._tokens("context", context, CONTEXT, 1, most - 1)
+        context = self._tokens("context", context, CONTEXT, 0, most - 1)
         window = self._tokens("window", window, WINDOW, 2, most)
         if window <= context:
             raise ScaMoError(f"context = {context}: expected less than the window, {window} tokens")
         for name, value in (("samples", samples), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise ScaMoError(f"{name} = {value}: expected a value above 0")
-        given, past = None, np.empty(0, np.int32)
+        parts = [self._parts(line.parts) for line in lines]
+        starts = [None if line.start is None else self._given("start", line.start) for line in lines]
+        pasts = [[] if start is None else start.last_tokens().tolist() for start in starts]
+        rolls = [
+            Roll(limits, int(line.seed), number, past)
+            for line, limits, past in zip(lines, parts, pasts, strict=True)
+            for number in range(samples or 1)
+        ]
+        if rolls:
+            with self._engine(chosen, min(batch_size, len(rolls)), guidance) as engine:
+                unroll(
+                    engine,
+                    rolls,
+                    self._states(),
+                    context,
+                    window,
+                    lambda index: finished(index // (samples or 1)),
+                )
+        made = iter(rolls)
+        return [
+            [self._told(next(made), start, samples is not None) for _ in range(samples or 1)]
+            for start in starts
+        ]
+
+    def check_timeline(
+        self, parts: Sequence[str | tuple[str, float | None]], start: Motion | str | Path | None = None
+    ) -> None:
+        """Raises ScaMoError where `timeline` would: for a bad part or start."""
+        self._parts(parts)
         if start is not None:
-            given = self._given("start", start)
-            past = given.last_tokens()
-        rolls = [Roll(limits, int(seed), number, past.tolist()) for number in range(samples or 1)]
-        with self._engine(chosen, min(batch_size, len(rolls)), guidance) as engine:
-            unroll(engine, rolls, self._states(), context, window)
-        motions = []
-        for roll in rolls:
-            if given is None:
-                tokens = np.array(roll.tokens, dtype=np.int32)
-                (features,) = decode_tokens(self.tokenizer, [tokens])
-                motion = Motion.from_features(features, fps=self.fps, tokens=tokens)
-            else:
-                motion = continued(given, roll.tokens, past.tolist(), self.fps)
-            frame, described = len(motion) - len(roll.tokens) * self.tokenizer.downsampling, []
-            for part, length in zip(limits, roll.lengths, strict=True):
-                frames = length * self.tokenizer.downsampling
-                described.append({"text": part.text, "first_frame": frame, "frames": frames})
-                frame += frames
-            texts = [given.motion.text] if given and given.motion.text else []
-            motion.text = ", then ".join(texts + [part.text for part in limits])
-            sample = {"sample": roll.number} if samples else {}
-            motion.meta = {"seed": int(seed), **sample, "parts": described}
-            motions.append(motion)
-        return motions if samples is not None else motions[0]
+            self._given("start", start)
+
+    def _told(self, roll: Roll, given: Given | None, numbered: bool) -> Motion:
+        """The motion of a filled roll."""
+        if given is None:
+            tokens = np.array(roll.tokens, dtype=np.int32)
+            (features,) = decode_tokens(self.tokenizer, [tokens])
+            motion = Motion.from_features(features, fps=self.fps, tokens=tokens)
+        else:
+            motion = continued(given, roll.tokens, roll.start, self.fps)
+        frame, described = len(motion) - len(roll.tokens) * self.tokenizer.downsampling, []
+        for part, length in zip(roll.parts, roll.lengths, strict=True):
+            frames = length * self.tokenizer.downsampling
+            described.append({"text": part.text, "first_frame": frame, "frames": frames})
+            frame += frames
+        texts = [given.motion.text] if given and given.motion.text else []
+        motion.text = ", then ".join(texts + [part.text for part in roll.parts])
+        sample = {"sample": roll.number} if numbered else {}
+        motion.meta = {"seed": roll.seed, **sample, "parts": described}
+        return motion
 
     def continue_motion(
         self, motion: Motion | str | Path, text: str, *, seconds: float | None = None, **options: Any

@@ -16,6 +16,7 @@ from scamo.data.storage import read_manifest, sha256_of
 from scamo.errors import ScaMoError
 from scamo.evaluation.report import FORMAT as REPORT_FORMAT
 from scamo.evaluation.report import MAIN, summary
+from scamo.motion.representation import Representation
 from scamo.weights import CONFIG
 
 TAGS = ["text-to-motion", "human-motion", "motion-generation", "scamo"]
@@ -240,12 +241,20 @@ def model_card(
         "## Limits\n\n"
         f"- A motion has at most {sizes.frames} frames, {seconds:g} s at {description['fps']:g} fps; of a "
         f"sentence the first {config.max_text} word pieces are read.\n"
-        "- One body of 22 joints, without hands, face, shape, objects or other people. Rotations in .bvh and "
-        ".glb are fitted to joint positions.\n"
+        f"- {_body(tokenizer)}\n"
         "- It knows the motions and the words of its training data; how well it does on others is what the "
         "measures above say, and no more. Feet may slide.",
     ]
     return Card("\n\n".join(parts) + "\n", warnings)
+
+
+def _body(tokenizer: Mapping[str, Any]) -> str:
+    representation = Representation.of(tokenizer["tokenizer"]["feature_dim"])
+    what = "those of the features" if representation.true_rotations else "fitted to joint positions"
+    return (
+        f"One body of {representation.n_joints} joints ({representation.feature_dim} features a frame), "
+        f"without hands, face, shape, objects or other people. Rotations in .bvh and .glb are {what}."
+    )
 
 
 def _slug(text: str) -> str:

@@ -26,6 +26,7 @@ from scamo.config import ModelConfig, from_dict, to_dict
 from scamo.data.storage import file_record, read_manifest, sha256_of, whole_folder, write_manifest
 from scamo.errors import ScaMoError
 from scamo.models.prefix_lm import PrefixLM
+from scamo.motion.representation import Representation
 from scamo.tokenizers import load_tokenizer
 from scamo.tokenizers.autoencoder import MotionAutoencoder, read_tokenizer
 from scamo.weights import (
@@ -54,7 +55,7 @@ def export_model(
     tokenizer_folder: str | Path,
     text_encoder: str,
     *,
-    fps: float = 20.0,
+    fps: float | None = None,
     ema: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write an exported model, replacing an older one in one step; whole or not at all.
@@ -65,7 +66,7 @@ def export_model(
         config: of that model.
         tokenizer_folder: the tokenizer whose codes it was trained on, of either kind; copied.
         text_encoder: name or folder of the text encoder.
-        fps: frames a second of the motions.
+        fps: frames a second of the motions: the dataset's; None for that of the tokenizer's representation.
         ema: the moving average of the same tensors, if there is one.
 
     Raises:
@@ -86,7 +87,7 @@ def export_model(
         config,
         tokenizer,
         text_encoder,
-        fps=fps,
+        fps=Representation.of(tokenizer.config.feature_dim).fps if fps is None else fps,
         tokenizer_provenance=read_tokenizer(tokenizer_folder).get("provenance"),
         overwrite=True,
         ema=ema,

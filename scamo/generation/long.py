@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +22,10 @@ from scamo.data.batches import Sample, collate
 from scamo.errors import ScaMoError
 from scamo.generation.engine import Engine, Request
 from scamo.generation.sampling import prompt_keys
-from scamo.generation.stream import JointStream
+from scamo.generation.stream import JointStream, lead, set_velocities
 from scamo.models.prefix_lm import PrefixLM
-from scamo.motion.features import CONTACTS, FEATURE_DIM, VELOCITIES, features_to_joints
 from scamo.motion.motion import Motion
+from scamo.motion.representation import Representation
 from scamo.tokenizers.autoencoder import MotionAutoencoder
 from scamo.tokenizers.encode import decode_tokens, encode_motions
 
@@ -42,6 +43,14 @@ class Part(NamedTuple):
     text: str
     least: int
     most: int
+
+
+class Timeline(NamedTuple):
+    """What `ScaMo.timeline` makes a motion of."""
+
+    parts: Sequence[str | tuple[str, float | None]]
+    start: Motion | str | Path | None = None
+    seed: int = 0
 
 
 @dataclass
@@ -62,8 +71,10 @@ class Roll:
     def request(self, states: Callable[[str], Tensor], context: int, window: int, max_motion: int) -> Request:
         """The next window; see `unroll`."""
         text, least, most = self.parts[len(self.lengths) - 1]
-        size = window if least == most else max_motion
-        past = [*self.start, *self.tokens][-(size // 2 if self.lengths[-1] else context) :]
+        size = window if least == most > 2 * window else max_motion
+        seen = size // 2 if self.lengths[-1] else context
+        row = [*self.start, *self.tokens]
+        past = row[max(0, len(row) - seen) :]
         room = min(size - len(past), most - self.lengths[-1])
         # A window has noise of its own, also where a sentence comes twice. The first is that of `generate`.
         named = f"{self.windows}\n{text}" if self.windows else text
@@ -84,40 +95,48 @@ class Roll:
 
 
 def unroll(
-    engine: Engine, rolls: Iterable[Roll], states: Callable[[str], Tensor], context: int, window: int
+    engine: Engine,
+    rolls: Iterable[Roll],
+    states: Callable[[str], Tensor],
+    context: int,
+    window: int,
+    finished: Callable[[int], object] = lambda index: None,
 ) -> None:
     """Fill rolls with tokens, side by side in the engine's slots.
 
     states: of a text. context: tokens of the past that a part begins with. A part ends at EOS, which is
-    forbidden before its `least` tokens, or at `most`. One of a given length sees `window` tokens at a time;
-    where that is full, its later half is what the next one begins with.
+    forbidden before its `least` tokens, or at `most`. One of a given length, more than twice `window`, sees
+    `window` tokens at a time; where that is full, its later half is what the next one begins with. finished:
+    called with the index of a roll that is full.
     """
     engine.reset()
-    waiting, seated = iter(rolls), dict[int, tuple[Roll, int, list[int]]]()
+    waiting, seated = enumerate(rolls), dict[int, tuple[int, Roll, int, list[int]]]()
 
-    def submit(roll: Roll) -> None:
+    def submit(index: int, roll: Roll) -> None:
         request = roll.request(states, context, window, engine.model.config.max_motion)
-        seated[engine.submit(request)] = roll, request.max_tokens, []
+        seated[engine.submit(request)] = index, roll, request.max_tokens, []
 
     while True:
         while len(seated) < engine.slots and (following := next(waiting, None)) is not None:
-            submit(following)
+            submit(*following)
         if not seated:
             return
         for ticket, tokens, done in engine.step():
-            roll, asked, made = seated[ticket]
+            index, roll, asked, made = seated[ticket]
             made += tokens.tolist()
             if done:
                 del seated[ticket]
                 if roll.add(made, asked):
-                    submit(roll)
+                    submit(index, roll)
+                else:
+                    finished(index)
 
 
 class Given:
-    """A motion to go on from: its features float32 (T, 263), joints and tokens of its whole last frames.
+    """A motion to go on from: its features float32 (T, C), joints and tokens of its whole last frames.
 
-    Raises ScaMoError naming `name` for another frame rate, no features, ones that are not finite, or fewer
-    frames than a token has.
+    Raises ScaMoError naming `name` for another frame rate, no features or those of another kind, ones that
+    are not finite, or fewer frames than a token has.
     """
 
     def __init__(self, motion: Motion, tokenizer: MotionAutoencoder, fps: float, name: str) -> None:
@@ -126,10 +145,11 @@ class Given:
         if motion.features is None:
             raise ScaMoError(
                 f"{name}: has joints but no features, which the model reads; "
-                "scamo.motion.features.joints_to_features makes them"
+                "scamo.motion.representation.Representation.from_joints makes them"
             )
-        if tokenizer.config.feature_dim != FEATURE_DIM:
-            raise ScaMoError(f"the tokenizer has {tokenizer.config.feature_dim} features, not {FEATURE_DIM}")
+        found, made = motion.features.shape[1], tokenizer.config.feature_dim
+        if found != made:
+            raise ScaMoError(f"{name}: {found} features a frame, the model makes {made}")
         bad = np.argwhere(~np.isfinite(motion.features))
         if len(bad):
             raise ScaMoError(f"{name}: frame {bad[0][0]}, feature {bad[0][1]} is not finite")
@@ -190,9 +210,9 @@ def continued(given: Given, tokens: Sequence[int], past: Sequence[int], fps: flo
     seam = len(past) * unit
     made = decoded[seam:].copy()
     made += _fade(given.features[-2:] - decoded[seam - 2 : seam], len(made), _frames(BLEND, fps))
-    made[:, CONTACTS] = decoded[seam:, CONTACTS]
+    _keep_contacts(made, decoded[seam:])
     features = np.concatenate((given.features, made))
-    _set_velocities(features, len(given.features), len(features) - 1)
+    set_velocities(features, len(given.features), len(features))
     joints = _from_pose(given, len(given.features) - 1, made, _frames(BLEND, fps))
     return Motion(
         np.concatenate((given.joints, joints)),
@@ -220,28 +240,20 @@ def filled(
     made += _fade(given.features[begin - 2 : begin] - decoded[at - 2 : at], frames, size)
     later = given.features[end : end + 2] - decoded[at + frames : at + frames + 2]
     made += _fade(later[::-1], frames, size)[::-1]
-    made[:, CONTACTS] = decoded[at : at + frames, CONTACTS]
+    _keep_contacts(made, decoded[at : at + frames])
 
     first = JointStream.after(given.joints[begin - 1], given.features[begin - 1])
     last = JointStream.after(given.joints[end], given.features[end])
     share = np.sin(np.pi * (np.arange(frames) + 0.5) / frames) ** 2
     share /= share.sum()
-    turned = last.yaw - first.yaw + 2 * (given.features[begin - 1, 0] + made[:, 0].sum())
-    turned = (turned + np.pi) % (2 * np.pi) - np.pi
-    made[:, 0] -= turned / 2 * share
-    # A frame's step is seen from the heading that it arrives in.
-    yaw = first.yaw - 2 * (given.features[begin - 1, 0] + made[:, 0].cumsum())
-    path = JointStream.after(given.joints[begin - 1], given.features[begin - 1])
-    x, _, z = last.place - path.push(np.concatenate((made, given.features[end : end + 1])))[-1, 0]
-    made[:, 1] += share * (x * np.cos(yaw) - z * np.sin(yaw))
-    made[:, 2] += share * (x * np.sin(yaw) + z * np.cos(yaw))
+    turned, moved = lead(first, last, made, share)
 
     features, joints = given.features.copy(), given.joints.copy()
     features[begin:end] = made
-    _set_velocities(features, begin, end)
+    set_velocities(features, begin, end)
     joints[begin:end] = _from_pose(given, begin - 1, features[begin:end], size, end)
     motion = Motion(joints, fps=fps, text=given.motion.text, features=features)
-    return motion, abs(math.degrees(turned)), math.hypot(x, z)
+    return motion, math.degrees(turned), moved
 
 
 def _from_pose(
@@ -259,11 +271,11 @@ def _from_pose(
     return made
 
 
-def _set_velocities(features: NDArray[np.float32], start: int, end: int) -> None:
-    """Make the joints' velocities of some frames those of the features' own path, in place."""
-    pairs = np.stack((features[start:end], features[start + 1 : end + 1]), 1).astype(np.float64)
-    joints = features_to_joints(pairs)
-    features[start:end, VELOCITIES] = (joints[:, 1] - joints[:, 0]).reshape(end - start, -1)
+def _keep_contacts(made: NDArray, decoded: NDArray) -> None:
+    """A contact is one or none, and nothing to be blended."""
+    contacts = Representation.of(made.shape[1]).contacts
+    if contacts is not None:
+        made[:, contacts] = decoded[:, contacts]
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The convolutional Motion FSQ-VAE and its VQ baseline (paper section 3.1; layers of the released code).
 
-Shapes: B motions, T frames, C features a frame (263), W width, E latent width, N tokens = T // downsampling.
+Shapes: B motions, T frames, C features a frame, W width, E latent width, N tokens = T // downsampling.
 Activations are (B, T, W), so that channels are contiguous: 1x1 convolutions are plain matrix products, and
 wider ones get the channels-last layout without a copy (in bf16 on a CPU 1.2 times as fast as Conv1d).
 """
@@ -8,6 +8,7 @@ wider ones get the channels-last layout without a copy (in bf16 on a CPU 1.2 tim
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from scamo.config import TokenizerConfig, from_dict, to_dict
 from scamo.data.storage import whole_folder
 from scamo.errors import ScaMoError
+from scamo.motion.features import FEATURE_DIM
 from scamo.tokenizers.fsq import FSQ
 from scamo.tokenizers.vq import VQ
 from scamo.weights import CONFIG, WEIGHTS, check_state, read_description, read_state, write_files
@@ -163,6 +165,8 @@ class MotionAutoencoder(nn.Module):
             raise ScaMoError(
                 f"{type(self).__name__}: quantizer {config.quantizer!r}, expected {self.QUANTIZER!r}"
             )
+        if not config.feature_dim:
+            config = replace(config, feature_dim=FEATURE_DIM if mean is None else len(mean))
         self.config = config
         self.encoder = Encoder(config)
         if config.quantizer == "vq":

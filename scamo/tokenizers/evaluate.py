@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from scamo.device import resolve_device
 from scamo.errors import ScaMoError
-from scamo.motion.features import FEATURE_DIM, features_to_joints
 from scamo.motion.measures import acceleration_error, mpjpe, root_error, velocity_error
+from scamo.motion.representation import Representation
 from scamo.tokenizers import load_tokenizer
 from scamo.tokenizers.autoencoder import MotionAutoencoder
 from scamo.tokenizers.encode import (
@@ -69,12 +69,14 @@ def reconstruction_metrics(
     Returns `codebook_statistics` and
         motions, frames, too_short: how many were compared, and how many were shorter than a token.
         l1: mean absolute error of the normalised features.
-        mpjpe_mm: distance of the 22 joints after moving both pelves to the origin in each frame.
+        mpjpe_mm: distance of the joints after moving both pelves to the origin in each frame.
         root_mm: distance of the pelves; it grows along a motion, as the root is integrated from velocities.
         velocity_mm_s, acceleration_mm_s2: distance of the joints' velocities and accelerations.
-    The joint measures are there for 263-d features only. Raises ScaMoError when nothing is long enough.
+    The joint measures are there for features of a known representation. Raises ScaMoError when nothing is
+    long enough.
     """
     device = tokenizer.mean.device
+    representation = Representation.find(tokenizer.config.feature_dim)
     counts = torch.zeros(tokenizer.codes, dtype=torch.int64, device=device)
     sums: dict[str, float] = defaultdict(float)
     frames = steps = bends = compared = 0
@@ -90,8 +92,8 @@ def reconstruction_metrics(
             size, length, width = features.shape
             compared, frames = compared + size, frames + size * length
             sums["l1"] += float(((decoded - features) / tokenizer.std).abs().double().sum()) / width
-            if width == FEATURE_DIM:
-                true, made = features_to_joints(features.double()), features_to_joints(decoded.double())
+            if representation is not None:
+                true, made = (representation.to_joints(one.double()) for one in (features, decoded))
                 now, step, bend = (size * max(length - n, 0) for n in range(3))
                 steps, bends = steps + step, bends + bend
                 sums["mpjpe_mm"] += now * mpjpe(made, true)
@@ -109,7 +111,7 @@ def reconstruction_metrics(
         "too_short": len(lengths) - compared,
         "l1": sums["l1"] / frames,
     }
-    if tokenizer.config.feature_dim == FEATURE_DIM:
+    if representation is not None:
         report |= {
             "mpjpe_mm": sums["mpjpe_mm"] / frames,
             "root_mm": sums["root_mm"] / frames,

@@ -21,18 +21,14 @@ from scamo.data.dataset import MotionDataset
 from scamo.data.storage import whole_folder
 from scamo.device import resolve_device
 from scamo.errors import ScaMoError
-from scamo.motion.features import FEATURE_DIM, POSITIONS, ROOT
+from scamo.motion.body import Body
+from scamo.motion.representation import Representation
 from scamo.tokenizers.autoencoder import Conv, FSQAutoencoder, ResidualBlock
 from scamo.tokenizers.encode import ItemFeatures
 from scamo.tokenizers.evaluate import COLLAPSE_SHARE, reconstruction_metrics
 
 # Each of up to 8 levels is reached within |z| < 1.43; here the slope of tanh is 0.18.
 SATURATED = 1.5
-
-# Local positions of ankles, feet and wrists; the root, joint 0, is not among the positions.
-EXTREMITIES = [
-    POSITIONS.start + 3 * (joint - 1) + axis for joint in (7, 8, 10, 11, 20, 21) for axis in range(3)
-]
 
 
 class Windows:
@@ -82,17 +78,31 @@ def feature_weights(config: TokenizerTrainingConfig, feature_dim: int) -> Tensor
     """Weight of each normalised feature in the loss, float32 (C,): 1/C, and more for positions and root.
 
     With the defaults the loss is the released code's: SmoothL1 averaged over the features, plus half the
-    SmoothL1 averaged over features 4:67. Other widths than 263 have no positions or root to weigh.
+    SmoothL1 averaged over the positions, features 4:67 of 263. Where positions and root are, the
+    representation says; features of an unknown one have none to weigh.
     """
     weights = torch.full((feature_dim,), config.feature_weight / feature_dim)
-    if feature_dim == FEATURE_DIM:
+    representation = Representation.find(feature_dim)
+    if representation is not None:
+        columns = torch.arange(feature_dim)
         for part, weight in (
-            (list(range(POSITIONS.start, POSITIONS.stop)), config.position_weight),
-            (EXTREMITIES, config.extremity_weight),
-            (list(range(ROOT.start, ROOT.stop)), config.root_weight),
+            (columns[representation.positions], config.position_weight),
+            (torch.tensor(extremities(representation)), config.extremity_weight),
+            (columns[representation.root], config.root_weight),
         ):
             weights[part] += weight / len(part)
     return weights
+
+
+def extremities(representation: Representation) -> list[int]:
+    """Columns of the positions of ankles, feet and wrists."""
+    body, start = Body.of(representation.n_joints), representation.positions.start
+    joints = [joint for foot in body.feet for joint in foot] + list(body.wrists)
+    return [
+        start + 3 * (joint - representation.first_position) + axis
+        for joint in sorted(joints)
+        for axis in range(3)
+    ]
 
 
 def reconstruction_loss(made: Tensor, true: Tensor, weights: Tensor) -> Tensor:
@@ -199,10 +209,10 @@ def train_tokenizer(
     training, where = config.training, resolve_device(device)
     bfloat16 = use_bfloat16(training.precision, where)
     dataset = MotionDataset.open(dataset_folder)
-    if dataset.feature_dim != config.tokenizer.feature_dim:
+    if config.tokenizer.feature_dim not in (0, dataset.feature_dim):
         raise ScaMoError(
             f"{dataset.folder}: {dataset.feature_dim} features a frame, the config has "
-            f"tokenizer.feature_dim = {config.tokenizer.feature_dim}"
+            f"tokenizer.feature_dim = {config.tokenizer.feature_dim}: leave it out"
         )
     if training.window % config.tokenizer.downsampling:
         raise ScaMoError(

@@ -5,6 +5,7 @@ import pytest
 
 from scamo.errors import ScaMoError
 from scamo.evaluation.nearest import nearest_window, nearest_windows
+from scamo.motion.representation import Representation
 
 
 def brute_force(query, clips):
@@ -40,6 +41,17 @@ def test_a_copy_is_found():
     assert found.distance_mm < 1e-3
 
 
+@pytest.mark.parametrize("width", [251, 272, 296])
+def test_a_copy_is_found_among_other_features(width):
+    representation, rng = Representation.of(width), np.random.default_rng(0)
+    clips = [(f"c{i}", rng.normal(size=(30, width)).astype(np.float32)) for i in range(3)]
+    query = clips[1][1][10:25].copy()
+    query[:, representation.velocities] += 1.0  # nor does how fast the joints move
+    found = nearest_window(query, clips)
+    assert (found.name, found.start) == ("c1", 10)
+    assert found.distance_mm < 1e-3 < nearest_window(query + 0.01, clips).distance_mm
+
+
 def test_several_queries_at_once():
     rng = np.random.default_rng(1)
     clips = [(f"c{i}", rng.normal(size=(12 + 7 * i, 263)).astype(np.float32)) for i in range(4)]
@@ -53,5 +65,8 @@ def test_several_queries_at_once():
 def test_errors():
     with pytest.raises(ScaMoError, match="no clips"):
         nearest_window(np.zeros((4, 263), np.float32), [])
-    with pytest.raises(ScaMoError, match=r"shape \(4, 3\)"):
+    with pytest.raises(ScaMoError, match="feature_dim = 3: expected one of"):
         nearest_window(np.zeros((4, 3), np.float32), [])
+    clips = [("c", np.zeros((9, 263), np.float32))]
+    with pytest.raises(ScaMoError, match=r"clip c of shape \(9, 263\): expected \(T, 272\)"):
+        nearest_window(np.zeros((4, 272), np.float32), clips)

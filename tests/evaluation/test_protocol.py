@@ -20,7 +20,9 @@ from scamo.evaluation.evaluator import load_evaluator
 from scamo.evaluation.guo import GuoEvaluator, GuoNetworks, Sizes
 from scamo.evaluation.items import draw_humanml3d, draw_strict, source_clips
 from scamo.evaluation.protocol import Settings, evaluate_run
+from scamo.evaluation.report import summary
 from scamo.evaluation.word_vectors import WordVectors
+from scamo.generation.export import identify
 from scamo.motion import measures
 from scamo.motion.features import features_to_joints
 
@@ -193,6 +195,20 @@ def test_physics_and_reconstruction_errors(strict, run, corpus):
     assert rows["real"]["foot_skate"] == pytest.approx(np.mean(skates), rel=1e-6)
     assert "mpjpe_mm" not in rows["real"]
     assert "mpjpe_mm" not in rows["generated"]
+
+
+def test_the_report_says_which_model_it_measured(strict, humanml3d, run, evaluator, make_run, corpus):
+    for report in (strict, humanml3d):
+        assert report["model_sha256"] == identify(run)["sha256"]
+    assert strict["model_sha256"]["transformer"][:12] in summary(strict)
+    other = make_run(seed=9)
+    settings = replace(STRICT, mm_texts=0, split="val")
+    hashes = measure(other, evaluator, settings)["model_sha256"]
+    assert hashes["transformer"] != strict["model_sha256"]["transformer"]
+    assert hashes["tokenizer"] == strict["model_sha256"]["tokenizer"]
+    real = measure(None, evaluator, settings, dataset=corpus)
+    assert real["model_sha256"] is None
+    assert "SHA-256 of the model" not in summary(real)
 
 
 def test_counts_and_settings_are_reported(humanml3d, strict):

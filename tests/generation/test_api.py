@@ -186,7 +186,7 @@ def test_samples_are_other_motions_of_which_the_first_is_the_single_one(model):
 @pytest.fixture(scope="module")
 def evaluator(encoder, tmp_path_factory):
     torch.manual_seed(4)
-    config = EvaluatorConfig(text_width=12, width=8, embedding=8, layers=1)
+    config = EvaluatorConfig(feature_dim=263, text_width=12, width=8, embedding=8, layers=1, max_frames=196)
     network = ContrastiveNetwork(config, np.zeros(263), np.full(263, 0.5))
     state = TextEncoder.load(str(encoder), device="cpu").encode(["runs"])[0].astype(np.float32).mean(0)
     folder = tmp_path_factory.mktemp("evaluator") / "evaluator"

@@ -5,10 +5,13 @@ import pytest
 import torch
 
 from scamo.config import TokenizerConfig
-from scamo.generation.stream import FeatureStream, JointStream, context_tokens
+from scamo.generation.stream import FeatureStream, JointStream, context_tokens, set_velocities
 from scamo.motion.features import features_to_joints
+from scamo.motion.representation import HUMANML3D, KIT_ML, SMPL_272, SNAPMOGEN
+from scamo.motion.synthetic import corpus_clip
 from scamo.tokenizers.autoencoder import FSQAutoencoder
 
+ALL = [HUMANML3D, KIT_ML, SMPL_272, SNAPMOGEN]
 SMALL = {"levels": (5, 5), "width": 8, "latent_width": 8}
 CONFIGS = [
     TokenizerConfig(**SMALL),
@@ -64,14 +67,27 @@ def test_streamed_features_are_the_offline_ones(config, chunk):
 
 
 @pytest.mark.parametrize("size", [1, 4, 7])
-def test_joints_in_pieces_are_the_joints_at_once(size):
+@pytest.mark.parametrize("representation", ALL, ids=lambda one: one.name)
+def test_joints_in_pieces_are_the_joints_at_once(representation, size):
     """Over 400 frames of fast turns and steps."""
-    features = np.random.default_rng(0).normal(0, 0.2, (400, 263)).astype(np.float32)
+    features = np.random.default_rng(0).normal(0, 0.2, (400, representation.feature_dim)).astype(np.float32)
+    features[:, 1:] /= representation.unit
     stream = JointStream()
     joints = [stream.push(features[start : start + size]) for start in range(0, 400, size)]
-    expected = features_to_joints(features)
+    expected = representation.to_joints(features)
     assert np.abs(expected[:, 0]).max() > 1
     np.testing.assert_allclose(np.concatenate(joints), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("representation", [HUMANML3D, SMPL_272], ids=lambda one: one.name)
+def test_velocities_are_those_of_a_clip(representation):
+    features = representation.from_joints(corpus_clip(4).joints)
+    lost = features.copy()
+    lost[:, representation.velocities] = 7
+    set_velocities(lost, 5, len(lost))
+    frames = slice(5, -1) if representation is HUMANML3D else slice(5, None)
+    np.testing.assert_allclose(lost[frames], features[frames], atol=2e-5)
+    assert (lost[:5, representation.velocities] == 7).all()
 
 
 def test_joints_go_on_where_a_body_stands():

@@ -13,6 +13,7 @@ import pytest
 from scamo import ScaMo, cli
 from scamo.data.dataset import MotionDataset
 from scamo.evaluation.run_text_following import run_text_following, summary
+from scamo.generation.export import identify
 from scamo.motion.motion import Motion
 
 if importlib.util.find_spec("deepspeed") is None:
@@ -156,6 +157,7 @@ def test_text_following_command(way, tmp_path, monkeypatch):
     report = run_text_following(way / "run", temperature=0.5, out=out)
     assert json.loads(json.dumps(report)) == json.loads(out.read_text())
     assert report["n"] == 10
+    assert report["model_sha256"] == identify(way / "run")["sha256"]
     assert report["sampling"] == {"seed": 0, "temperature": 0.5, "greedy": False}
     assert report["correct"] == sum(prompt["exact"] for prompt in report["prompts"])
     assert f"{report['exact']:.1%}" in summary(report)

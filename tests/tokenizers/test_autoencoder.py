@@ -31,7 +31,7 @@ def spread(model):
 
 def test_parameters_at_full_width():
     with torch.device("meta"):
-        config = TokenizerConfig()
+        config = TokenizerConfig(feature_dim=263)
         sizes = [sum(p.numel() for p in part.parameters()) for part in (Encoder(config), Decoder(config))]
     assert sizes == [9_587_200, 9_849_607]  # 9.59M + 9.85M
 
@@ -49,7 +49,8 @@ def test_parameters_at_every_codebook_size(size, levels):
 def test_names_and_shapes_are_the_released_ones():
     """facts of the released checkpoint: every layer, less the leading "vqvae."."""
     with torch.device("meta"):
-        encoder, decoder = Encoder(TokenizerConfig()), Decoder(TokenizerConfig())
+        config = TokenizerConfig(feature_dim=263)
+        encoder, decoder = Encoder(config), Decoder(config)
         quantizer = FSQ(FSQ_LEVELS[65536], 512)
     shapes = {}
     for prefix, part in (("encoder", encoder), ("quantizer", quantizer), ("decoder", decoder)):

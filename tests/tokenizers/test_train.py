@@ -106,6 +106,11 @@ def test_loss_is_the_released_one():
     positions = [x.reshape(2, 8, 263)[..., 4:67].unflatten(-1, (21, 3)) for x in (made, true)]
     ends = [x[..., [6, 7, 9, 10, 19, 20], :] for x in positions]  # joints 7, 8, 10, 11, 20, 21
     torch.testing.assert_close(reconstruction_loss(made, true, weights), 3 * F.smooth_l1_loss(*ends))
+    # Ankles, feet and wrists, where another representation has them.
+    only = TokenizerTrainingConfig(feature_weight=0, position_weight=0, extremity_weight=1)
+    for width, first, joints in ((272, 8, (7, 8, 10, 11, 20, 21)), (251, 1, (7, 10, 13, 15, 18, 20))):
+        found = feature_weights(only, width).nonzero().flatten().tolist()
+        assert found == [first + 3 * joint + axis for joint in joints for axis in range(3)]
     assert feature_weights(TokenizerTrainingConfig(), 10).tolist() == pytest.approx([0.1] * 10)
 
 

@@ -98,7 +98,7 @@ def test_save_and_load_are_bitwise(tmp_path):
     model.save(tmp_path / "tok", provenance={"seed": 0})
     for again in (load_tokenizer(tmp_path / "tok"), VQAutoencoder.load(tmp_path / "tok")):
         assert type(again) is VQAutoencoder
-        assert (again.config, again.training) == (CONFIG, False)
+        assert (again.config, again.training) == (model.config, False)
         for name, tensor in model.state_dict().items():
             assert torch.equal(again.state_dict()[name], tensor), name
     description = json.loads((tmp_path / "tok/config.json").read_text())
