@@ -72,22 +72,38 @@ def prepare_humanml3d(
     source: Positional[Path],
     out: Positional[Path],
     *,
+    fps: float | None = None,
+    source_fps: float | None = None,
+    units: str | None = None,
     target_offsets: Path | None = None,
     mirror: bool = True,
-    min_frames: int = 40,
-    max_frames: int = 200,
+    split: tuple[float, float, float] = (0.8, 0.05, 0.15),
+    variant: Literal["original", "fixed"] = "original",
+    min_frames: int | None = None,
+    max_frames: int | None = None,
+    workers: int = 1,
+    strict: bool = False,
     license: str = "",
     overwrite: bool = False,
 ) -> None:
-    """Read a HumanML3D-shaped folder and write it as a dataset, with a report of what was refused and why.
+    """Read a folder of HumanML3D's or KIT-ML's shape and write it as a dataset; what is refused is listed.
+
+    A run that was stopped is gone on with by the same command.
 
     Args:
         source: folder with texts/, train.txt, val.txt, test.txt and new_joint_vecs/ or joints/ (new_joints/).
         out: the dataset folder to write.
+        fps: frames a second of the dataset; those of its features (20, KIT-ML 12.5) without it.
+        source_fps: of the files; as fps without it.
+        units: of joints/: m, cm, mm, or metres of one unit; found by the leg without it.
         target_offsets: (22, 3) .npy of the uniform skeleton, used with joints; the bones are kept without it.
         mirror: make the mirrored copies (M...) that the split lists name and the folder lacks.
-        min_frames: shorter clips are refused.
-        max_frames: clips of this many frames or more are refused.
+        split: parts of train, val and test, where the folder has no split lists.
+        variant: of 263 features: to the letter, or without the oddities of the original that can be mended.
+        min_frames: shorter clips are refused; those of the features' evaluation protocol (40) without it.
+        max_frames: clips of this many frames or more are refused; likewise (200).
+        workers: processes; 0 means one per core.
+        strict: stop at the first refusal.
         license: of the motions and captions, in words, for the manifest and model cards.
         overwrite: replace an existing dataset.
     """
@@ -96,10 +112,17 @@ def prepare_humanml3d(
     prepare_humanml3d(
         source,
         out,
+        fps=fps,
+        source_fps=source_fps,
+        units=units,
         target_offsets=target_offsets,
         mirror=mirror,
+        split=split,
+        variant=variant,
         min_frames=min_frames,
         max_frames=max_frames,
+        workers=workers,
+        strict=strict,
         license=license,
         overwrite=overwrite,
     )
@@ -113,7 +136,8 @@ def prepare_mocap(
     joint_map: str | None = None,
     captions: Path | None = None,
     template: str | None = None,
-    fps: float = 20.0,
+    feature_dim: Literal[263, 272] = 263,
+    fps: float | None = None,
     source_fps: float | None = None,
     units: str | None = None,
     up: Literal["x", "y", "z", "-x", "-y", "-z"] | None = None,
@@ -122,9 +146,10 @@ def prepare_mocap(
     split_by: Literal["clip", "subject"] = "clip",
     target_offsets: Path | None = None,
     rest_pose: Path | None = None,
-    min_frames: int = 40,
-    max_frames: int = 200,
+    min_frames: int | None = None,
+    max_frames: int | None = None,
     long: Literal["cut", "refuse"] = "cut",
+    workers: int = 1,
     strict: bool = False,
     license: str = "",
     overwrite: bool = False,
@@ -138,7 +163,8 @@ def prepare_mocap(
         captions: a CSV or JSON lines: name, caption or label[, start, end, split, fps]; NAME.txt beside each
             file without it.
         template: makes captions of labels, "a person does {label}".
-        fps: frames a second of the dataset.
+        feature_dim: 263, or 272 with the files' own rotations.
+        fps: frames a second of the dataset; 20 of 263 and 30 of 272 features without it.
         source_fps: of the files, where what they say is wrong.
         units: of the files: m, cm, mm, inch, cmu or metres of one unit; found by the leg without it.
         up: the axis that points up in the files; found without it.
@@ -147,9 +173,10 @@ def prepare_mocap(
         split_by: clip, or subject: what stands before the last underscore of the name.
         target_offsets: (22, 3) .npy of a skeleton whose bone lengths all clips take.
         rest_pose: (22, 3) .npy of a T-pose onto which all clips are retargeted.
-        min_frames: shorter clips are refused.
-        max_frames: clips of this many frames or more are cut or refused.
+        min_frames: shorter clips are refused; 2 s without it.
+        max_frames: clips of this many frames or more are cut or refused; 10 s without it.
         long: what happens to these.
+        workers: processes; 0 means one per core.
         strict: stop at the first refusal.
         license: of the motions and captions, in words, for the manifest and model cards.
         overwrite: replace an existing dataset.
@@ -162,6 +189,7 @@ def prepare_mocap(
         joint_map=joint_map,
         captions=captions,
         template=template,
+        feature_dim=feature_dim,
         fps=fps,
         source_fps=source_fps,
         units=units,
@@ -174,6 +202,7 @@ def prepare_mocap(
         min_frames=min_frames,
         max_frames=max_frames,
         long=long,
+        workers=workers,
         strict=strict,
         license=license,
         overwrite=overwrite,
@@ -194,6 +223,7 @@ def prepare_amass(
     mirror: bool = True,
     min_frames: int | None = None,
     max_frames: int | None = None,
+    workers: int = 1,
     strict: bool = False,
     license: str = "",
     overwrite: bool = False,
@@ -212,6 +242,7 @@ def prepare_amass(
         mirror: add the mirrored copies that the split lists name.
         min_frames: shorter clips are refused; 2 s without it.
         max_frames: clips of this many frames or more are refused; 10 s without it.
+        workers: processes; 0 means one per core.
         strict: stop at the first refusal.
         license: of the motions and captions, in words, for the manifest and model cards.
         overwrite: replace an existing dataset.
@@ -230,6 +261,86 @@ def prepare_amass(
         mirror=mirror,
         min_frames=min_frames,
         max_frames=max_frames,
+        workers=workers,
+        strict=strict,
+        license=license,
+        overwrite=overwrite,
+    )
+
+
+@prepare.command(name="motionmillion")
+def prepare_motionmillion(
+    source: Positional[Path],
+    out: Positional[Path],
+    *,
+    splits: str | None = None,
+    min_frames: int | None = None,
+    max_frames: int | None = None,
+    workers: int = 1,
+    strict: bool = False,
+    license: str = "",
+    overwrite: bool = False,
+) -> None:
+    """Read MotionMillion, or MotionStreamer's HumanML3D or BABEL, as a dataset of 272 features at 30 fps.
+
+    Args:
+        source: the folder, with motion_data/ and texts/.
+        out: the dataset folder to write.
+        splits: folder in it of train.txt, val.txt and test.txt; split/version1/t2m_60_300, or split.
+        min_frames: shorter clips are refused; 2 s without it.
+        max_frames: clips of this many frames or more are refused; 10 s without it.
+        workers: processes; 0 means one per core.
+        strict: stop at the first refusal.
+        license: of the motions and captions, in words, for the manifest and model cards.
+        overwrite: replace an existing dataset.
+    """
+    from scamo.data.prepare.motionmillion import prepare_motionmillion
+
+    prepare_motionmillion(
+        source,
+        out,
+        splits=splits,
+        min_frames=min_frames,
+        max_frames=max_frames,
+        workers=workers,
+        strict=strict,
+        license=license,
+        overwrite=overwrite,
+    )
+
+
+@prepare.command(name="snapmogen")
+def prepare_snapmogen(
+    source: Positional[Path],
+    out: Positional[Path],
+    *,
+    min_frames: int | None = None,
+    max_frames: int | None = None,
+    workers: int = 1,
+    strict: bool = False,
+    license: str = "",
+    overwrite: bool = False,
+) -> None:
+    """Read SnapMoGen as a dataset of 296 features (24 joints) at 30 fps.
+
+    Args:
+        source: the folder, with renamed_feats/, all_caption_clean.json and data_split_info/.
+        out: the dataset folder to write.
+        min_frames: shorter clips are refused; 128 without it.
+        max_frames: clips of this many frames or more are refused; 361 without it.
+        workers: processes; 0 means one per core.
+        strict: stop at the first refusal.
+        license: of the motions and captions, in words, for the manifest and model cards.
+        overwrite: replace an existing dataset.
+    """
+    from scamo.data.prepare.snapmogen import prepare_snapmogen
+
+    prepare_snapmogen(
+        source,
+        out,
+        min_frames=min_frames,
+        max_frames=max_frames,
+        workers=workers,
         strict=strict,
         license=license,
         overwrite=overwrite,

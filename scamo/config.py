@@ -47,6 +47,7 @@ class TokenizerConfig:
     feature_dim: features a frame; 0 takes them from the statistics that the network is given, which are the
         dataset's, and 263 without any.
     quantizer: "fsq" or "vq" (the baseline of eqs. 1-2, with a learnt codebook; it has no levels).
+    variant: of the features (`scamo.motion.features.FIXED`); training takes it from the dataset.
     """
 
     codebook_size: int = 65536
@@ -58,6 +59,7 @@ class TokenizerConfig:
     depth: int = 3
     dilation_base: int = 3
     quantizer: str = "fsq"
+    variant: str = "original"
 
     def __post_init__(self) -> None:
         if self.quantizer not in ("fsq", "vq"):
@@ -167,6 +169,7 @@ class EvaluatorConfig:
     feature_dim, text_width, max_frames: taken from the dataset when they are 0.
     layers: residual blocks at a quarter of the frame rate, dilations 1, base, base^2, 1, ...
     max_frames: longer motions are cut; the longest of the dataset's representation, 196 of 263 features.
+    variant: of the features; training takes it from the dataset.
     """
 
     feature_dim: int = 0
@@ -177,6 +180,7 @@ class EvaluatorConfig:
     dilation_base: int = 3
     dropout: float = 0.1
     max_frames: int = 0
+    variant: str = "original"
 
     def __post_init__(self) -> None:
         _not_negative(self, "feature_dim", "text_width", "max_frames")

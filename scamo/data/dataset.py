@@ -20,6 +20,8 @@ import contextlib
 import json
 import math
 import os
+import shutil
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,11 +29,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self, TextIO
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+import scamo
 from scamo.data import storage
 from scamo.errors import ScaMoError
 from scamo.motion.features import FEATURE_DIM
@@ -42,6 +45,7 @@ TOKENS_FORMAT = "scamo-motion-tokens"
 TEXT_FORMAT = "scamo-text-states"
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
+JOURNAL = "journal.jsonl"  # only in a folder that is not whole yet
 
 # Below any real spread of a feature (HumanML3D's smallest group has 0.0128); a constant feature stays finite.
 STD_FLOOR = 1e-4
@@ -94,10 +98,41 @@ def grouped_std(std: NDArray[np.float64]) -> NDArray[np.float64]:
     return std if representation is None else representation.grouped_std(std)
 
 
+class Clips(Protocol):
+    """What takes clips: a DatasetWriter, or what a worker's findings travel in to one."""
+
+    def add_clip(
+        self,
+        name: str,
+        features: NDArray,
+        split: str,
+        captions: Sequence[Caption],
+        meta: dict[str, Any] | None = None,
+        notes: Sequence[tuple[str, str]] = (),
+    ) -> object: ...
+
+    def refuse(
+        self,
+        name: str,
+        reason: str,
+        *,
+        split: str = "",
+        detail: str = "",
+        kind: Literal["clip", "caption"] = "clip",
+    ) -> None: ...
+
+    def note(self, name: str, reason: str, *, split: str = "", detail: str = "") -> None: ...
+
+
 class DatasetWriter:
     """Writes a dataset clip by clip in bounded memory; the folder appears, whole, when the context ends.
 
     Bad clips and captions are refused with a reason: counted, listed in the manifest, never silently dropped.
+    Of features one clip is in memory at a time; what grows is a few hundred bytes for each clip.
+
+    With `resume` a writer that was killed or failed can be gone on with: after every piece of work comes
+    `commit(key)`, and the next writer begins with `restore(keys)`. What is refused or noted outside of that
+    has to be said again.
 
     Args:
         folder: where the dataset will be.
@@ -108,9 +143,14 @@ class DatasetWriter:
         min_frames: clips and items shorter than this are refused.
         max_frames: clips and items of this many frames or more are refused; None means no limit.
         statistics: (mean, std), each (feature_dim,), instead of those of the train split.
+        strict: raise at the first refusal.
+        resume: JSON values that the clips depend on beside the arguments here: a writer with the same ones
+            may go on where another was stopped. Others are an error, or with `overwrite` a new beginning.
+            None: nothing stays after an exception.
 
     Raises:
-        ScaMoError: the folder exists, a split's name is unknown, nothing was kept, or no clip is in train.
+        ScaMoError: the folder exists, a split's name is unknown, nothing was kept, or no clip is in train;
+            an unfinished folder has other settings, or belongs to another process.
     """
 
     def __init__(
@@ -124,6 +164,8 @@ class DatasetWriter:
         min_frames: int = 1,
         max_frames: int | None = None,
         statistics: tuple[ArrayLike, ArrayLike] | None = None,
+        strict: bool = False,
+        resume: dict[str, Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.feature_dim, self.fps = int(feature_dim), float(fps)
@@ -132,23 +174,77 @@ class DatasetWriter:
         self.refused: list[dict[str, str]] = []
         self.notes: list[dict[str, str]] = []
         self._statistics = None if statistics is None else _given_statistics(statistics, self.feature_dim)
-        self._context = storage.whole_folder(self.folder, overwrite=overwrite, verify=self._verify)
+        self._strict, self._overwrite = strict, overwrite
+        self._resume = resume
+        self._journal: storage.Journal | None = None
+        self._hopeless = False
+        self._context = storage.whole_folder(
+            self.folder,
+            overwrite=overwrite,
+            verify=self._verify,
+            keep=None if resume is None else self._may_go_on,
+        )
         self._open = False
 
     def __enter__(self) -> Self:
         self._temporary = self._context.__enter__()
+        try:
+            self._begin()
+        except BaseException as error:
+            self._context.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def _begin(self) -> None:
+        if self._resume is not None:
+            self._journal = storage.Journal(
+                self._temporary / JOURNAL, self._settings(), overwrite=self._overwrite
+            )
+            if self._journal.fresh:
+                for path in self._temporary.iterdir():
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    elif path.name != JOURNAL:
+                        path.unlink()
         self._features = storage.ArrayStream(
-            self._temporary / "features.npy", np.float32, (self.feature_dim,)
+            self._temporary / "features.npy",
+            np.float32,
+            (self.feature_dim,),
+            keep=self._journal is not None,
         )
-        self._clips = open(self._temporary / "clips.jsonl", "w", encoding="utf-8")
-        self._captions = open(self._temporary / "captions.jsonl", "w", encoding="utf-8")
+        self._clips = self._text("clips.jsonl")
+        self._captions = self._text("captions.jsonl")
         self._clip_offsets = array("q", [0])
         self._items = array("q")
         self._names: set[str] = set()
         self._moments = Moments.empty(self.feature_dim)
         self._counts = {split: Counter[str]() for split in SPLITS}
+        self._committed = 0, 0
+        self._uncommitted: list[dict[str, Any]] = []
         self._open = True
-        return self
+
+    def _text(self, name: str) -> TextIO:
+        return open(self._temporary / name, "w", encoding="utf-8")
+
+    def _settings(self) -> dict[str, Any]:
+        statistics = self._statistics and [array.tolist() for array in self._statistics]
+        return {
+            "format": "scamo-unfinished-dataset",
+            "version": scamo.__version__,
+            "numpy": np.__version__,
+            "feature_dim": self.feature_dim,
+            "fps": self.fps,
+            "min_frames": self.min_frames,
+            "max_frames": self.max_frames,
+            "statistics": statistics,
+            "provenance": self.provenance,
+            **(self._resume or {}),
+        }
+
+    def _may_go_on(self) -> bool:
+        """Whether the unfinished folder is worth keeping; one of another process is none of ours."""
+        journal = self._journal
+        return journal is None or not (self._hopeless or (journal.fresh and not journal.count))
 
     def __exit__(
         self,
@@ -157,16 +253,76 @@ class DatasetWriter:
         trace: TracebackType | None,
     ) -> None:
         self._open = False
-        if kind is None:
-            try:
-                self._finish()
-            except BaseException as failure:
+        try:
+            if kind is None:
+                try:
+                    self._finish()
+                except BaseException as failure:
+                    self._hopeless = isinstance(failure, ScaMoError)
+                    self._close()
+                    self._context.__exit__(type(failure), failure, failure.__traceback__)
+                    raise
+            else:
                 self._close()
-                self._context.__exit__(type(failure), failure, failure.__traceback__)
-                raise
-        else:
-            self._close()
-        self._context.__exit__(kind, error, trace)
+            self._context.__exit__(kind, error, trace)
+        finally:
+            if self._journal is not None:
+                self._journal.close()  # not before: it is the lock
+
+    @property
+    def frames(self) -> int:
+        """Frames of the clips that were kept so far."""
+        return self._features.rows
+
+    def restore(self, keys: Iterable[str]) -> int:
+        """Take in what an earlier writer had done of the work with these keys, in order; how many there are.
+
+        It ends before the first piece that has another key, or whose features are not as they were written.
+        """
+        if self._journal is None:
+            raise RuntimeError("this DatasetWriter was not made to be resumed")
+        for record, key in zip(self._journal.records(), keys, strict=False):
+            stored = self._stored(record["clips"]) if record.get("key") == key else None
+            if stored is None:
+                break
+            for clip, features in stored:
+                self._take(clip, features, stored=True)
+            self.refused += record["refused"]
+            self.notes += record["notes"]
+        self._journal.cut()
+        self._features.cut()
+        self._committed = len(self.refused), len(self.notes)
+        if self._strict and self.refused:
+            self._stop(self.refused[0])
+        return self._journal.count
+
+    def commit(self, key: str) -> None:
+        """All that was added, refused and noted since the last time is a piece of work that may stay."""
+        if self._journal is None:
+            raise RuntimeError("this DatasetWriter was not made to be resumed")
+        refused, notes = self._committed
+        # The rows first: a record must not promise what is not there.
+        self._features.flush()
+        self._journal.append(
+            {
+                "key": key,
+                "clips": self._uncommitted,
+                "refused": self.refused[refused:],
+                "notes": self.notes[notes:],
+            }
+        )
+        self._committed = len(self.refused), len(self.notes)
+        self._uncommitted = []
+
+    def _stored(self, clips: list[dict[str, Any]]) -> list[tuple[dict[str, Any], NDArray]] | None:
+        found, first = [], 0
+        for clip in clips:
+            features = self._features.peek(first, clip["frames"])
+            if zlib.crc32(features.view(np.uint8)) != clip["crc"]:
+                return None
+            found.append((clip, features))
+            first += clip["frames"]
+        return found
 
     def add_clip(
         self,
@@ -175,11 +331,13 @@ class DatasetWriter:
         split: str,
         captions: Sequence[Caption],
         meta: dict[str, Any] | None = None,
+        notes: Sequence[tuple[str, str]] = (),
     ) -> bool:
         """Add a clip with its captions, or refuse it. Returns whether it was kept.
 
         features (T, feature_dim), any float; split "train", "val" or "test". A caption with time tags covers
-        the frames [int(fps start_s), int(fps end_s)), cut at the clip's end.
+        the frames [int(fps start_s), int(fps end_s)), cut at the clip's end. notes: (reason, detail) of what
+        is odd about the clip, if it is kept.
         """
         if not self._open:
             raise RuntimeError("DatasetWriter is used outside its `with` block")
@@ -196,24 +354,35 @@ class DatasetWriter:
             self.refuse(name, "no usable caption", split=split, detail=f"{len(captions)} captions in all")
             return False
 
-        clip = len(self._clip_offsets) - 1
-        features = features.astype(np.float32, copy=False)
-        self._features.append(features)
+        described = [
+            [start, end, [c.meta | {"text": " ".join(c.text.split())} for c in captions]]
+            for start, end, captions in items
+        ]
+        clip = {"name": name, "split": split, "meta": meta or {}, "items": described}
+        self._take(clip, features.astype(np.float32, copy=False))
+        for reason, detail in notes:
+            self.note(name, reason, split=split, detail=detail)
+        return True
+
+    def _take(self, clip: dict[str, Any], features: NDArray, *, stored: bool = False) -> None:
+        split, index = clip["split"], len(self._clip_offsets) - 1
+        self._features.append(features, stored=stored)
         self._clip_offsets.append(self._features.rows)
-        self._names.add(name)
-        _write_line(self._clips, {"name": name, "split": split, "meta": meta or {}})
+        self._names.add(clip["name"])
+        _write_line(self._clips, {key: clip[key] for key in ("name", "split", "meta")})
         counts = self._counts[split]
-        for start, end, described in items:
+        for start, end, captions in clip["items"]:
             item = len(self._items) // 3
-            self._items.extend((clip, start, end))
-            for caption in described:
-                line = {"text": " ".join(caption.text.split()), "item": item}
-                _write_line(self._captions, caption.meta | line)
-            counts.update(items=1, captions=len(described), item_frames=end - start)
-        counts.update(clips=1, frames=features.shape[0])
+            self._items.extend((index, start, end))
+            for caption in captions:
+                _write_line(self._captions, caption | {"item": item})
+            counts.update(items=1, captions=len(captions), item_frames=end - start)
+        counts.update(clips=1, frames=len(features))
         if split == "train":
             self._moments.add(features)
-        return True
+        if self._journal is not None and not stored:
+            crc = zlib.crc32(np.ascontiguousarray(features).view(np.uint8))
+            self._uncommitted.append(clip | {"frames": len(features), "crc": crc})
 
     def refuse(
         self,
@@ -225,7 +394,14 @@ class DatasetWriter:
         kind: Literal["clip", "caption"] = "clip",
     ) -> None:
         """Record that a clip or caption is left out: `reason` is counted, `detail` says what was found."""
-        self.refused.append({"name": name, "kind": kind, "split": split, "reason": reason, "detail": detail})
+        entry = {"name": name, "kind": kind, "split": split, "reason": reason, "detail": detail}
+        self.refused.append(entry)
+        if self._strict:
+            self._stop(entry)
+
+    @staticmethod
+    def _stop(entry: dict[str, str]) -> None:
+        raise ScaMoError(f"{entry['name']}: {entry['reason']}: {entry['detail']}")
 
     def note(self, name: str, reason: str, *, split: str = "", detail: str = "") -> None:
         """Record something odd about an entry that is kept."""
@@ -336,9 +512,10 @@ class DatasetWriter:
     def _reasons(self) -> Counter[str]:
         return Counter(entry["reason"] for entry in self.refused)
 
-    @staticmethod
-    def _verify(folder: Path) -> None:
+    def _verify(self, folder: Path) -> None:
         MotionDataset.open(folder, verify="full")
+        if self._journal is not None:
+            self._journal.remove()
 
     def _close(self) -> None:
         for close in (self._features.abandon, self._clips.close, self._captions.close):
@@ -382,6 +559,8 @@ class MotionDataset:
             expected = {key: int(counts[key]) for key in ("clips", "items", "captions", "frames")}
             for key in ("splits", "provenance", "refused", "notes", "files"):
                 manifest[key]
+            # Of the features, see `scamo.motion.features.FIXED`.
+            self.variant = str(manifest["provenance"].get("variant", "original"))
         except (KeyError, TypeError, ValueError) as error:
             raise ScaMoError(f"{folder / 'manifest.json'}: field {error} is missing or malformed") from None
         self._features = storage.map_array(folder, "features.npy", manifest)
@@ -416,9 +595,10 @@ class MotionDataset:
             storage.check_files(folder, manifest, hashes=verify == "full")
         dataset = cls(folder, manifest)
         if verify == "full":
-            for clip in range(dataset.n_clips):
-                if not np.isfinite(dataset.clip_features(clip)).all():
-                    raise ScaMoError(f"{folder / 'features.npy'}: clip {clip} is not finite")
+            row = storage.not_finite(folder / "features.npy", manifest["files"]["features.npy"])
+            if row is not None:
+                clip = int(np.searchsorted(dataset.clip_offsets, row, side="right")) - 1
+                raise ScaMoError(f"{folder / 'features.npy'}: clip {clip} is not finite")
             for name in dataset.token_names():
                 TokenStore(dataset, name, hashes=True)
             for name in dataset.text_names():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -28,13 +30,20 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 
 @contextlib.contextmanager
 def whole_folder(
-    folder: Path, *, overwrite: bool = False, verify: Callable[[Path], object] | None = None
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    verify: Callable[[Path], object] | None = None,
+    keep: Callable[[], bool] | None = None,
 ) -> Iterator[Path]:
     """Yield an empty temporary sibling of `folder`; on a clean exit it is verified, flushed and renamed.
 
     After any exception the temporary folder is removed and an existing `folder` is untouched. An existing
     folder is replaced only with `overwrite`, in one step, and only if it holds a manifest.json (so that a
     mistyped path never deletes something else). What a killed writer left behind is removed by the next one.
+
+    With `keep` the temporary folder is .NAME.unfinished and the next writer gets it as a killed one left it,
+    or one with an exception after which keep() is true. The caller sees to it that only one writes there.
 
     Raises:
         ScaMoError: `folder` exists and may not be replaced, or cannot be written (the disk is full, ...).
@@ -46,10 +55,14 @@ def whole_folder(
         for old in folder.parent.glob(f"{glob.escape(prefix)}*"):
             if not _alive(old.name[len(prefix) :].split("-")[0]):
                 shutil.rmtree(old, ignore_errors=True)
-        temporary = folder.parent / f"{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        temporary.mkdir()
+        if keep is None:
+            temporary = folder.parent / f"{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        else:
+            temporary = folder.parent / f".{folder.name}.unfinished"
+        temporary.mkdir(exist_ok=keep is not None)
     except OSError as error:
         raise ScaMoError(f"{folder}: cannot be written: {error.strerror}") from None
+    whole = False
     try:
         yield temporary
         if verify is not None:
@@ -62,6 +75,7 @@ def whole_folder(
             _exchange(temporary, folder)
         else:
             os.rename(temporary, folder)
+        whole = True
         _fsync(folder.parent)
     except OSError as error:
         if error.errno in DISK_ERRORS:
@@ -69,7 +83,8 @@ def whole_folder(
         raise
     finally:
         # The name now holds the unfinished folder, the replaced one, or nothing.
-        shutil.rmtree(temporary, ignore_errors=True)
+        if whole or keep is None or not keep():
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_replaceable(folder: Path, overwrite: bool) -> None:
@@ -124,23 +139,45 @@ def npy_header(dtype: DTypeLike, shape: tuple[int, ...]) -> bytes:
 
 
 class ArrayStream:
-    """A .npy file (rows, *row_shape) that grows by `append`; `close` fills in the number of rows."""
+    """A .npy file (rows, *row_shape) that grows by `append`; `close` fills in the number of rows.
 
-    def __init__(self, path: Path, dtype: DTypeLike, row_shape: tuple[int, ...] = ()) -> None:
+    keep: an existing file's rows stay until `cut`; `peek` reads them, `append` takes them over.
+    """
+
+    def __init__(
+        self, path: Path, dtype: DTypeLike, row_shape: tuple[int, ...] = (), *, keep: bool = False
+    ) -> None:
         self.path, self.dtype, self.row_shape = path, np.dtype(dtype), row_shape
         self.rows = 0
         self._hash = hashlib.sha256()
-        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115
+        self._file: BinaryIO = open(path, "r+b" if keep and path.exists() else "w+b")  # noqa: SIM115
         self._file.write(npy_header(self.dtype, (0, *row_shape)))
 
-    def append(self, rows: NDArray) -> None:
-        """Append rows (n, *row_shape)."""
+    def append(self, rows: NDArray, *, stored: bool = False) -> None:
+        """Append rows (n, *row_shape); `stored` says that the file has these very rows next already."""
         if rows.shape[1:] != self.row_shape:
             raise ValueError(f"{self.path.name}: rows of shape {rows.shape[1:]}, expected {self.row_shape}")
-        data = np.ascontiguousarray(rows, dtype=self.dtype).tobytes()
-        self._file.write(data)
+        data = np.ascontiguousarray(rows, dtype=self.dtype).reshape(-1).view(np.uint8)
+        if stored:
+            self._file.seek(len(data), os.SEEK_CUR)
+        else:
+            self._file.write(data)
         self._hash.update(data)
         self.rows += rows.shape[0]
+
+    def peek(self, first: int, count: int) -> NDArray:
+        """`count` rows an earlier writer left, `first` behind those appended; fewer at the file's end."""
+        row = self.dtype.itemsize * math.prod(self.row_shape)
+        data = os.pread(self._file.fileno(), count * row, HEADER_BYTES + (self.rows + first) * row)
+        return np.frombuffer(data[: len(data) // row * row], self.dtype).reshape(-1, *self.row_shape)
+
+    def cut(self) -> None:
+        """Forget what an earlier writer left behind the rows appended."""
+        self._file.truncate(self._file.tell())
+
+    def flush(self) -> None:
+        """Hand what was appended to the system: it outlives this process, but not a loss of power."""
+        self._file.flush()
 
     def close(self) -> dict[str, Any]:
         """Finish the file; returns its record (bytes, sha256, dtype, shape) after reading it back.
@@ -167,6 +204,91 @@ class ArrayStream:
 
     def abandon(self) -> None:
         self._file.close()
+
+
+class Journal:
+    """What is done of a long work: a JSON line each, in a file that one process at a time can have.
+
+    Args:
+        path: the file; made if it is not there.
+        header: JSON values that its records depend on.
+        overwrite: begin again where the file has another header.
+
+    Raises:
+        ScaMoError: another process has the file, or its header is another one.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], *, overwrite: bool = False) -> None:
+        self.path, self.count = path, 0  # records
+        self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ScaMoError(f"{path.parent}: another process is writing it") from None
+        self._file.seek(0)
+        header = json.loads(json.dumps(header))
+        found = self._read()
+        if found is not None and found != header and not overwrite:
+            self._file.close()
+            raise ScaMoError(
+                f"{path.parent}: was left unfinished with other settings ({_differences(found, header)}): "
+                "give the same ones, or ask for it to be overwritten"
+            )
+        self.fresh = found != header
+        self._end = 0 if self.fresh else self._file.tell()
+        if self.fresh:
+            self.cut()
+            self._write(header)
+            self._end = self._file.tell()
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The records of an earlier process, up to a torn one. The last that was asked for is not counted
+        as kept until the next is asked for."""
+        self._file.seek(self._end)
+        while (record := self._read()) is not None:
+            end = self._file.tell()
+            yield record
+            self._end = end
+            self.count += 1
+
+    def cut(self) -> None:
+        """Forget the records that were not kept."""
+        self._file.truncate(self._end)
+
+    def append(self, record: dict[str, Any]) -> None:
+        self._write(record)
+        self.count += 1
+
+    def remove(self) -> None:
+        """Take the file away; the lock stays until `close`."""
+        self.path.unlink()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read(self) -> dict[str, Any] | None:
+        line = self._file.readline()
+        try:
+            value = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            return None
+        return value if isinstance(value, dict) else None
+
+    def _write(self, value: dict[str, Any]) -> None:
+        self._file.write(json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    keys = [key for key in old | new if old.get(key) != new.get(key)]
+    shown = [f"{key} {_short(old.get(key))}, now {_short(new.get(key))}" for key in keys]
+    return "; ".join(shown)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def write_array(path: Path, array: NDArray) -> dict[str, Any]:
@@ -259,6 +381,21 @@ def json_lines(text: str, label: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(entry, dict):
             raise ScaMoError(f"{where}: expected an object, got {type(entry).__name__}")
         yield where, entry
+
+
+def not_finite(path: Path, record: dict[str, Any]) -> int | None:
+    """The first row of a float .npy that is not finite; mapped pages would count as memory, so it is read."""
+    rows, *shape = record["shape"]
+    width = math.prod(shape)
+    step = max(1, CHUNK_BYTES // (np.dtype(record["dtype"]).itemsize * max(1, width)))
+    with open(path, "rb") as file:
+        file.seek(HEADER_BYTES)
+        for first in range(0, rows, step):
+            values = np.fromfile(file, record["dtype"], min(step, rows - first) * width)
+            bad = ~np.isfinite(values)
+            if bad.any():
+                return first + int(bad.argmax()) // width
+    return None
 
 
 def map_array(folder: Path, name: str, manifest: dict[str, Any]) -> NDArray:

@@ -180,6 +180,7 @@ class ContrastiveEvaluator(Evaluator):
         self.text_encoder, self.probe = text_encoder, probe
         self.provenance = provenance or {}
         self.feature_dim, self.width = config.feature_dim, config.embedding
+        self.variant = config.variant
         self.min_frames, self.max_frames = DOWNSAMPLING, config.max_frames
         self.mean, self.std = network.mean.cpu().numpy(), network.std.cpu().numpy()
         self._encoder: TextEncoder | None = None

@@ -52,7 +52,7 @@ class Evaluator(abc.ABC):
 
     name: for reports; sha256: of its weights; feature_dim, fps: of the motions it takes; width: of a point;
     min_frames, max_frames: of a motion; longer ones are cut, shorter ones refused. mean, std: float32
-    (feature_dim,), its own statistics, by which it normalises raw features.
+    (feature_dim,), its own statistics, by which it normalises raw features. variant: of the features.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Evaluator(abc.ABC):
     max_frames: int
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
+    variant: str = "original"
 
     def embed_motions(self, motions: Sequence[NDArray]) -> NDArray[np.float32]:
         """Raw features (T, feature_dim) each -> float32 (N, width), each as if alone.
@@ -117,6 +118,10 @@ class Evaluator(abc.ABC):
             raise ScaMoError(
                 f"{where} was trained on {self.feature_dim} features a frame, the dataset has "
                 f"{dataset.feature_dim}"
+            )
+        if dataset.variant != self.variant:
+            raise ScaMoError(
+                f"{where} was trained on {self.variant} features, the dataset has {dataset.variant} ones"
             )
         if abs(dataset.fps - self.fps) > 1e-6:
             raise ScaMoError(f"{where} was trained at {self.fps:g} fps, the dataset has {dataset.fps:g}")

@@ -204,6 +204,10 @@ def _check_model(model: ScaMo, data: MotionDataset, run: str) -> None:
             f"{run}: its tokenizer has {tokenizer.config.feature_dim} features a frame, {data.folder} has "
             f"{data.feature_dim}"
         )
+    if tokenizer.config.variant != data.variant:
+        raise ScaMoError(
+            f"{run}: its tokenizer has {tokenizer.config.variant} features, {data.folder} {data.variant} ones"
+        )
     if abs(model.fps - data.fps) > 1e-6:
         raise ScaMoError(f"{run}: makes motions at {model.fps:g} fps, {data.folder} has {data.fps:g}")
     own = tokenizer.mean.cpu().numpy(), tokenizer.std.cpu().numpy()

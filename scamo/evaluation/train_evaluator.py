@@ -41,6 +41,7 @@ class Pairs:
         for dataset, store in zip(self.datasets[1:], self.texts[1:], strict=True):
             for what, found, expected in (
                 ("features a frame", dataset.feature_dim, first.feature_dim),
+                ("variant of the features", dataset.variant, first.variant),
                 ("fps", dataset.fps, first.fps),
                 ("text encoder", store.encoder, text_first.encoder),
                 ("text width", store.width, text_first.width),
@@ -150,6 +151,7 @@ def train_evaluator(
         network_config,
         feature_dim=first.feature_dim,
         text_width=store.width,
+        variant=first.variant,
         max_frames=network_config.max_frames or (item_frames(first)[1] - 1) // DOWNSAMPLING * DOWNSAMPLING,
     )
     with torch.random.fork_rng(devices=[]):

@@ -615,6 +615,11 @@ class ScaMo:
             raise ScaMoError(
                 f"evaluator {judge.name} was trained at {judge.fps:g} fps, the model makes {self.fps:g}"
             )
+        if judge.variant != tokenizer.config.variant:
+            raise ScaMoError(
+                f"evaluator {judge.name} was trained on {judge.variant} features, the model makes "
+                f"{tokenizer.config.variant} ones"
+            )
         found = tokenizer.mean.cpu().numpy(), tokenizer.std.cpu().numpy()
         check_statistics(f"evaluator {judge.name}", (judge.mean, judge.std), found, "the model's tokenizer")
         return judge

@@ -37,8 +37,8 @@ FIXED: dict[str, str] = {
     "first heading": "the first frame's heading was called zero whatever the filter says, so that the first "
     "yaw step jumps; the clip is turned until the filtered one is zero",
     "half turn": "a yaw step across ±180° had the wrong sign, so that recovered joints turn off their path",
-    "rotations": "bones were turned from rest in the clip's frame and those that leave the root then seen from "
-    "the wrong side, so that rotations held the heading; they are turned in the heading frame",
+    "rotations": "bones were turned from rest in the clip's frame and those that leave the root then seen "
+    "from the wrong side, so that rotations held the heading; they are turned in the heading frame",
     "arms": "the arms' first bones were relative to the root instead of to the spine's bone they leave",
     "contacts": "a slow foot touched the floor at any height; an ankle is now below 0.15 m, the ball of a "
     "foot below 0.10 m (so a step on stairs is none)",

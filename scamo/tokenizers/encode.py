@@ -113,12 +113,17 @@ class ItemFeatures(Sequence):
 
 
 def open_matching(tokenizer: MotionAutoencoder, dataset_folder: str | Path) -> MotionDataset:
-    """Open a dataset whose features have the tokenizer's width. Raises ScaMoError where they differ."""
+    """Open a dataset of the features that a tokenizer is for. Raises ScaMoError where they differ."""
     dataset = MotionDataset.open(dataset_folder)
     if dataset.feature_dim != tokenizer.config.feature_dim:
         raise ScaMoError(
             f"{dataset.folder}: {dataset.feature_dim} features a frame, "
             f"the tokenizer has {tokenizer.config.feature_dim}"
+        )
+    if dataset.variant != tokenizer.config.variant:
+        raise ScaMoError(
+            f"{dataset.folder}: {dataset.variant} features, the tokenizer was trained on "
+            f"{tokenizer.config.variant} ones"
         )
     return dataset
 

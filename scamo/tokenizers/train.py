@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -214,6 +215,7 @@ def train_tokenizer(
             f"{dataset.folder}: {dataset.feature_dim} features a frame, the config has "
             f"tokenizer.feature_dim = {config.tokenizer.feature_dim}: leave it out"
         )
+    config = replace(config, tokenizer=replace(config.tokenizer, variant=dataset.variant))
     if training.window % config.tokenizer.downsampling:
         raise ScaMoError(
             f"training.window = {training.window}: expected a multiple of the "

@@ -127,6 +127,46 @@ def test_joints_and_their_mirrored_copies(tmp_path):
     assert data.manifest["provenance"]["skeleton"] == "kept"
 
 
+def test_any_number_of_workers_gives_the_same(tmp_path):
+    source = make_folder(tmp_path / "source")
+    np.save(source / "joints" / "000002.npy", np.zeros((50, 7, 3), np.float32))
+    one = prepare_humanml3d(source, tmp_path / "one", min_frames=20, progress=False)
+    two = prepare_humanml3d(source, tmp_path / "two", min_frames=20, workers=2, progress=False)
+    assert {entry["reason"] for entry in one.refused} == {"wrong shape"}
+    assert files_of(one.folder) == files_of(two.folder)
+
+
+def test_the_fixed_variant_is_made_from_joints_and_not_mixed(tmp_path):
+    source = make_folder(tmp_path / "source")
+    fixed = prepare_humanml3d(source, tmp_path / "fixed", min_frames=20, variant="fixed", progress=False)
+    assert fixed.variant == fixed.manifest["provenance"]["variant"] == "fixed"
+    joints = np.load(source / "joints/000001.npy")
+    np.testing.assert_array_equal(fixed.clip_features(1), joints_to_features(joints, variant="fixed"))
+    plain = prepare_humanml3d(source, tmp_path / "plain", min_frames=20, progress=False)
+    assert plain.variant == "original"
+    # Stored vectors are of the original: the others are made from the joints that they give.
+    (source / "new_joint_vecs").mkdir()
+    for path in (source / "joints").iterdir():
+        np.save(source / "new_joint_vecs" / path.name, joints_to_features(np.load(path)))
+    shutil.rmtree(source / "joints")
+    again = prepare_humanml3d(source, tmp_path / "again", min_frames=20, variant="fixed", progress=False)
+    recovered = features_to_joints(joints_to_features(joints).astype(np.float64))
+    np.testing.assert_allclose(
+        again.clip_features(1), joints_to_features(recovered, variant="fixed"), atol=1e-5
+    )
+
+    from scamo.config import TokenizerConfig
+    from scamo.tokenizers.autoencoder import FSQAutoencoder
+    from scamo.tokenizers.encode import open_matching
+
+    tokenizer = FSQAutoencoder(TokenizerConfig(width=8, latent_width=8), plain.mean, plain.std)
+    open_matching(tokenizer, plain.folder)
+    with pytest.raises(ScaMoError, match="fixed features, the tokenizer was trained on original ones"):
+        open_matching(tokenizer, fixed.folder)
+    with pytest.raises(ScaMoError, match="variant = 'new': expected one of original, fixed"):
+        prepare_humanml3d(source, tmp_path / "other", variant="new", progress=False)
+
+
 def test_a_mirrored_caption_file_goes_before_the_swapped_one(tmp_path):
     source = make_folder(tmp_path / "source", joints="new_joints")
     (source / "texts/M000001.txt").write_text("she lifts the right one#x/X#0.0#0.0\n")
@@ -277,7 +317,7 @@ def test_a_folder_of_another_shape_is_named(tmp_path):
     with pytest.raises(ScaMoError, match=r"train\.txt: no such file; expected the names"):
         prepare_humanml3d(source, out, progress=False)
     (source / "joints").rename(source / "bones")
-    with pytest.raises(ScaMoError, match="has none of new_joint_vecs/, joints/, new_joints/"):
+    with pytest.raises(ScaMoError, match="has none of new_joint_vecs/, .*, joints/, new_joints/"):
         prepare_humanml3d(source, out, progress=False)
     shutil.rmtree(source / "texts")
     with pytest.raises(ScaMoError, match=r"texts: no such folder; expected captions"):

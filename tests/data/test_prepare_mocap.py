@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 from scamo.data.dataset import MotionDataset
-from scamo.data.prepare.mocap import label_of, prepare_mocap
+from scamo.data.prepare.layout import label_of
+from scamo.data.prepare.mocap import prepare_mocap
 from scamo.errors import ScaMoError
+from scamo.motion import features272
 from scamo.motion.bvh import read_bvh
 from scamo.motion.features import features_to_joints, joints_to_features, offsets_from_joints
 from scamo.motion.motion import Motion
+from scamo.motion.representation import Representation
 from scamo.motion.retarget import retarget
 from scamo.motion.skeleton import DEFAULT_OFFSETS, mirror_joints
 from scamo.motion.synthetic import corpus_clip
@@ -86,6 +89,32 @@ def test_time_tags_cut_long_clips_and_make_parts_of_short_ones(source, tmp_path)
     assert [data.caption(c) for c in range(data.n_captions)][3:] == ["never"] * 3
     assert reasons(data) == [("b_1", "bad time tags")] * 3
     assert reasons(run(source, tmp_path / "kept", long="refuse")) == [("b_1", "too long")]
+
+
+def test_272_features_have_the_files_rotations(source, tmp_path):
+    data = run(source, tmp_path / "set", feature_dim=272, mirror=True)
+    assert (data.feature_dim, data.fps) == (272, 30)
+    body = retarget(read_bvh(source / "a_1.bvh"), fps=30)
+    expected = features272.encode(body.joints, body.rotations, fps=30).features
+    found = data.clip_names.index("a_1")
+    np.testing.assert_array_equal(data.clip_features(found), expected)
+    mirrored = data.clip_features(data.clip_names.index("Ma_1"))
+    np.testing.assert_array_equal(mirrored, Representation.of(272).mirrored(expected))
+    # A body of this project's own: its rotations put every joint where it is.
+    assert Representation.of(272).rotations_off(expected) < 1e-3
+    assert not data.manifest["notes"]
+    with pytest.raises(ScaMoError, match="target_offsets: 272 features keep everybody's own bones"):
+        run(source, tmp_path / "other", feature_dim=272, target_offsets=tmp_path / "any.npy")
+    with pytest.raises(ScaMoError, match="feature_dim = 251: expected 263 or 272"):
+        run(source, tmp_path / "other", feature_dim=251)
+
+
+def test_any_number_of_workers_gives_the_same(source, tmp_path):
+    (source / "broken.bvh").write_text("HIERARCHY\nROOT Hips\n")
+    one, two = (run(source, tmp_path / f"{n}", workers=n) for n in (1, 2))
+    assert [entry["name"] for entry in one.refused] == ["broken"]
+    for file in sorted(one.folder.iterdir()):
+        assert file.read_bytes() == (two.folder / file.name).read_bytes()
 
 
 def test_a_table_of_captions(source, tmp_path):

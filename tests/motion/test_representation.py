@@ -204,8 +204,3 @@ def test_kit_ml_comes_back_from_its_own_joints():
         np.testing.assert_allclose(np.linalg.norm(made, axis=-1), np.linalg.norm(true, axis=-1), atol=1e-5)
     moved, came = joints[38, 0, 1] - joints[0, 0, 1], back[38, 0, 1] - back[0, 0, 1]
     assert came == pytest.approx(moved, abs=1e-5)
-
-
-def test_snapmogen_is_only_read():
-    with pytest.raises(ScaMoError, match="SnapMoGen: features cannot be made from joints"):
-        Representation.of(296).from_joints(np.zeros((10, 24, 3)))

@@ -14,7 +14,9 @@ source at its true times, 30 times a second, with SMPL's own rotations.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -24,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from scamo.data.dataset import Caption, DatasetWriter, MotionDataset
+from scamo.data.dataset import Caption, Clips, DatasetWriter, MotionDataset
 from scamo.data.prepare.layout import (
     Refusal,
     check_texts,
@@ -35,6 +37,7 @@ from scamo.data.prepare.layout import (
     split_lists,
     uniform_features,
 )
+from scamo.data.prepare.work import write_pieces
 from scamo.errors import ScaMoError
 from scamo.motion import features272
 from scamo.motion.features import offsets_from_joints
@@ -85,6 +88,15 @@ class _Row:
 
 
 @dataclass(frozen=True)
+class _Piece:
+    """The rows of one source, and the split of every name that the split lists have of them."""
+
+    name: str
+    rows: tuple[_Row, ...]
+    splits: dict[str, str]
+
+
+@dataclass(frozen=True)
 class _Source:
     """A file of AMASS."""
 
@@ -121,6 +133,7 @@ def prepare_amass(
     strict: bool = False,
     license: str = "",
     overwrite: bool = False,
+    workers: int = 1,
     progress: bool = True,
 ) -> MotionDataset:
     """Make a dataset of AMASS's SMPL+H files. What is left out is counted and listed in the manifest.
@@ -141,14 +154,13 @@ def prepare_amass(
         max_frames: clips and parts of this many frames or more are refused. None: 10 s.
         strict: stop at the first thing that is refused.
         license: of the motions and captions, in words; it stands in the manifest and on model cards.
-        overwrite: replace an existing dataset.
+        overwrite: replace an existing dataset, or an unfinished one of other settings.
+        workers: processes, as for `write_pieces`.
         progress: show a progress bar and print the report.
 
     Raises:
         ScaMoError: the model, the index, a split list or target_offsets cannot be read, or nothing was kept.
     """
-    from tqdm import tqdm
-
     representation = Representation.of(feature_dim)
     if representation not in (HUMANML3D, SMPL_272):
         raise ScaMoError(f"feature_dim = {feature_dim}: expected 263 or 272")
@@ -158,7 +170,7 @@ def prepare_amass(
     if not amass_folder.is_dir():
         raise ScaMoError(f"{amass_folder}: no such folder")
     bodies = _load_bodies(Path(model))
-    maker = _Maker(amass_folder, bodies, representation, fit_joints)
+    maker = _Maker(amass_folder, texts, bodies, representation, fit_joints, mirror)
     rows, bad_rows = _read_index(Path(index_csv))
     splits, twice = _read_splits(texts)
 
@@ -189,6 +201,11 @@ def prepare_amass(
         overwrite=overwrite,
         min_frames=limits["min_frames"],
         max_frames=limits["max_frames"],
+        strict=strict,
+        resume={
+            "model": hashlib.sha256(pickle.dumps(bodies)).hexdigest(),
+            "target_offsets": None if maker.offsets is None else maker.offsets.tolist(),
+        },
     ) as writer:
         for name, detail in bad_rows:
             writer.refuse(name, "bad index row", detail=detail)
@@ -198,20 +215,16 @@ def prepare_amass(
         for name, split in splits.items():
             if not {name, name.removeprefix("M")} & indexed:
                 writer.refuse(name, "not in the index", split=split)
-        for row in tqdm(_by_source(rows), total=len(rows), desc="prepare amass", disable=not progress):
-            if strict and writer.refused:
-                break
-            names = [name for name in (row.name, f"M{row.name}") if name in splits]
-            if not names:
-                writer.refuse(row.name, "in no split list", detail=f"index line {row.line}")
-            for name in names:
-                if name != row.name and not mirror:
-                    writer.refuse(name, "mirrored copies are turned off", split=splits[name])
-                else:
-                    maker.add(writer, texts, row, name, splits[name])
-        if strict and writer.refused:
-            first = writer.refused[0]
-            raise ScaMoError(f"{first['name']}: {first['reason']}: {first['detail']}")
+        write_pieces(
+            writer,
+            _by_source(rows, splits),
+            maker.make,
+            maker.files,
+            desc="prepare amass",
+            unit="source",
+            workers=workers,
+            progress=progress,
+        )
     dataset = MotionDataset.open(out)
     if progress:
         print(dataset.summary())
@@ -224,12 +237,14 @@ class _Maker:
     def __init__(
         self,
         folder: Path,
+        texts: Path,
         bodies: dict[bool, SmplBody],
         representation: Representation,
         fit_joints: bool,
+        mirror: bool,
     ) -> None:
-        self._folder, self._bodies = folder, bodies
-        self._representation, self._fit_joints = representation, fit_joints
+        self._folder, self._texts, self._bodies = folder, texts, bodies
+        self._representation, self._fit_joints, self._mirror = representation, fit_joints, mirror
         self.offsets: NDArray[np.float64] | None = None
         self._last: tuple[str, _Source | Refusal] | None = None
         self._motion: tuple[_Row, NDArray, dict[str, Any]] | None = None
@@ -245,13 +260,35 @@ class _Maker:
                 return np.asarray(offsets_from_joints(joints[0]), dtype=np.float64)
         return None
 
-    def add(self, writer: DatasetWriter, texts: Path, row: _Row, name: str, split: str) -> None:
+    def files(self, piece: _Piece) -> Iterator[Path]:
+        """Those of the motion and the captions, wherever they may be."""
+        yield from (self._folder / place for place in _places(piece.rows[0]))
+        for row in piece.rows:
+            for name in (row.name, f"M{row.name}"):
+                if name in piece.splits:
+                    yield self._texts / "texts" / f"{name}.txt"
+                    yield self._texts / "texts" / f"{row.name}.txt"
+
+    def make(self, piece: _Piece, out: Clips) -> None:
+        """All clips of a source."""
+        for row in piece.rows:
+            names = [name for name in (row.name, f"M{row.name}") if name in piece.splits]
+            if not names:
+                out.refuse(row.name, "in no split list", detail=f"index line {row.line}")
+            for name in names:
+                split = piece.splits[name]
+                if name != row.name and not self._mirror:
+                    out.refuse(name, "mirrored copies are turned off", split=split)
+                else:
+                    self._add(out, row, name, split)
+
+    def _add(self, out: Clips, row: _Row, name: str, split: str) -> None:
         mirrored = name != row.name
         try:
-            captions = read_captions(texts, name, split, writer)
+            captions = read_captions(self._texts, name, split, out)
             source = None if row.joints_only else self._source(row)
             notes = [] if source is None else _oddities(row, source)
-            if self._motion is None or self._motion[0] is not row:
+            if self._motion is None or self._motion[0] != row:
                 made = self._joints(row) if self._representation is HUMANML3D else self._turned(row)
                 self._motion = row, *made
             _, motion, meta = self._motion
@@ -263,11 +300,9 @@ class _Maker:
                     captions = [_stretched(caption, source) for caption in captions]
         except Refusal as refusal:
             detail = f"index line {row.line}: {refusal.detail}"
-            writer.refuse(name, refusal.reason, split=split, detail=detail)
+            out.refuse(name, refusal.reason, split=split, detail=detail)
             return
-        if writer.add_clip(name, features, split, captions, meta | {"mirrored": mirrored}):
-            for reason, detail in notes:
-                writer.note(name, reason, split=split, detail=detail)
+        out.add_clip(name, features, split, captions, meta | {"mirrored": mirrored}, notes)
 
     def _joints(self, row: _Row) -> tuple[NDArray, dict[str, Any]]:
         """Joints as HumanML3D has them before the features, at 20 fps or about that."""
@@ -333,7 +368,7 @@ class _Maker:
         return source
 
     def _read(self, row: _Row) -> _Source:
-        path = self._find([f"{name}.npz" for name in _names(row.source)])
+        path = self._find(row)
         file = _relative(path, self._folder)
         wanted = ("poses", "trans", "betas", "gender", "mocap_framerate")
         try:
@@ -362,8 +397,7 @@ class _Maker:
         return _Source(body, trans.astype(np.float64), betas, label == "male", rate, file)
 
     def _humanact12(self, row: _Row) -> tuple[NDArray, dict[str, Any]]:
-        below = row.source.split(f"{HUMANACT12}/")[-1]
-        path = self._find([f"{HUMANACT12}/{below}.npy", f"{HUMANACT12}/{HUMANACT12}/{below}.npy"])
+        path = self._find(row)
         file, joints = _relative(path, self._folder), load_array(path)
         good = joints.ndim == 3 and joints.shape[1] >= N_JOINTS and joints.shape[2] == 3 and len(joints) > 1
         if not good or joints.dtype.kind != "f":
@@ -371,11 +405,12 @@ class _Maker:
             raise Refusal("wrong shape", f"{found}, expected float [2 frames or more, 22 or more, 3]")
         return joints[:, :N_JOINTS], {"from": file}
 
-    def _find(self, candidates: list[str]) -> Path:
-        for candidate in candidates:
-            if (self._folder / candidate).is_file():
-                return self._folder / candidate
-        raise Refusal("motion file missing", f"none of {', '.join(candidates)}")
+    def _find(self, row: _Row) -> Path:
+        places = _places(row)
+        for place in places:
+            if (self._folder / place).is_file():
+                return self._folder / place
+        raise Refusal("motion file missing", f"none of {', '.join(places)}")
 
 
 def _strided(row: _Row, source: _Source) -> NDArray[np.int64]:
@@ -400,13 +435,16 @@ def _meta(source: _Source) -> dict[str, Any]:
     return {"from": source.file, "source_fps": source.fps}
 
 
-def _names(source: str) -> list[str]:
-    """A source as index.csv names it, and as newer editions of AMASS do."""
-    found = [source]
-    collection, _, rest = source.partition("/")
+def _places(row: _Row) -> list[str]:
+    """Where a row's file may be: as index.csv names it, and as newer editions of AMASS do."""
+    if row.joints_only:
+        below = row.source.split(f"{HUMANACT12}/")[-1]
+        return [f"{HUMANACT12}/{below}.npy", f"{HUMANACT12}/{HUMANACT12}/{below}.npy"]
+    found = [row.source]
+    collection, _, rest = row.source.partition("/")
     if collection in RENAMED:
         found.append(f"{RENAMED[collection]}/{rest}")
-    return found + [name.replace(" ", "_") for name in found if " " in name]
+    return [f"{name}.npz" for name in found + [name.replace(" ", "_") for name in found if " " in name]]
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -505,13 +543,17 @@ def _row(line: int, fields: dict[str, str]) -> _Row:
     return _Row(line, "/".join(parts), start, end, name)
 
 
-def _by_source(rows: list[_Row]) -> Iterator[_Row]:
-    """Rows of one file after another, files in the order of their first rows."""
+def _by_source(rows: list[_Row], splits: dict[str, str]) -> list[_Piece]:
+    """The rows of every file, files in the order of their first rows."""
     order: dict[str, list[_Row]] = {}
     for row in rows:
         order.setdefault(row.source, []).append(row)
-    for of_source in order.values():
-        yield from of_source
+    pieces = []
+    for source, of_source in order.items():
+        names = [name for row in of_source for name in (row.name, f"M{row.name}")]
+        own = {name: splits[name] for name in names if name in splits}
+        pieces.append(_Piece(source, tuple(of_source), own))
+    return pieces
 
 
 def _read_splits(texts: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:

@@ -5,18 +5,42 @@ What is wrong with one clip is a Refusal, which the caller counts; what is wrong
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import json
 import math
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scamo.data.dataset import SPLITS, Caption, DatasetWriter
+from scamo.data.dataset import SPLITS, Caption, Clips
+from scamo.data.split import VARIANT, family
 from scamo.errors import ScaMoError
-from scamo.motion.features import joints_to_features
-from scamo.motion.skeleton import N_JOINTS, swap_sides
+from scamo.motion import features272
+from scamo.motion.features import Variant, joints_to_features
+from scamo.motion.hierarchy import Animation, Hierarchy
+from scamo.motion.joint_maps import JointMap
+from scamo.motion.representation import HUMANML3D, SMPL_272, Representation
+from scamo.motion.retarget import Retargeted, retarget
+from scamo.motion.skeleton import N_JOINTS, mirror_joints, swap_sides
+
+# What names end in that come from one recording: variants of a clip, and Motion-X's clips of a video and the
+# people of an EgoBody recording.
+OF_A_SOURCE = re.compile(rf"{VARIANT}|[_-]clip[_-]?\d+|/body_idx_\d+/\d+", re.IGNORECASE)
+# Nobody moves so fast, metres a second: the capture lost the body.
+FASTEST = 20.0
+COLUMNS = ("name", "caption", "label", "start", "end", "split", "fps")
+
+# Rotations that put a bone farther off contradict its position: an export by them would visibly differ.
+AGREE_M = 0.01
+_PROBED_FRAMES = 32
 
 
 class Refusal(Exception):
@@ -66,25 +90,41 @@ def read_offsets(path: Path) -> NDArray[np.float64]:
     return offsets.astype(np.float64)
 
 
-def uniform_features(joints: NDArray, offsets: NDArray[np.float64] | None) -> NDArray[np.float32]:
+def uniform_features(
+    joints: NDArray,
+    offsets: NDArray[np.float64] | None,
+    fps: float = HUMANML3D.fps,
+    variant: Variant = "original",
+) -> NDArray[np.float32]:
     """The 263 features of joints, with the bones of `offsets` where given; Refusal if there are none."""
     try:
-        return joints_to_features(joints, target_offsets=offsets)
+        return joints_to_features(joints, target_offsets=offsets, fps=fps, variant=variant)
     except ScaMoError as error:
         raise Refusal("features cannot be computed", str(error)) from None
 
 
-def read_captions(source: Path, name: str, split: str, writer: DatasetWriter) -> list[Caption]:
-    """Those of texts/NAME.txt, bad lines refused one by one; Refusal where none is left."""
-    path = source / "texts" / f"{name}.txt"
-    swap = False
-    if not path.is_file() and name.startswith("M"):
-        swap, path = True, source / "texts" / f"{name[1:]}.txt"
-    if not path.is_file():
-        raise Refusal("caption file missing", f"texts/{name}.txt")
-    captions = caption_file(path, f"texts/{path.name}", name, split, writer)
-    if not swap:
-        return captions
+def read_captions(source: Path, name: str, split: str, writer: Clips, folder: str = "texts") -> list[Caption]:
+    """Those of FOLDER/NAME.txt, bad lines refused one by one; Refusal where none is left.
+
+    A mirrored copy without a file of its own has its original's, with left and right exchanged.
+    """
+    plain = unmirrored(name)
+    for file, swap in ((name, False), (plain, True)):
+        path = source / folder / f"{file}.txt"
+        if file and path.is_file():
+            captions = caption_file(path, f"{folder}/{file}.txt", name, split, writer)
+            return swapped(captions) if swap else captions
+    raise Refusal("caption file missing", f"{folder}/{name}.txt")
+
+
+def unmirrored(name: str) -> str:
+    """The original of a mirrored copy by its name, "a/000001" of "a/M000001"; "" of what cannot be one."""
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}{last[1:]}" if last.startswith("M") and len(last) > 1 else ""
+
+
+def swapped(captions: list[Caption]) -> list[Caption]:
+    """Those of the mirrored motion."""
     return [
         replace(
             caption,
@@ -95,7 +135,7 @@ def read_captions(source: Path, name: str, split: str, writer: DatasetWriter) ->
     ]
 
 
-def caption_file(path: Path, label: str, name: str, split: str, writer: DatasetWriter) -> list[Caption]:
+def caption_file(path: Path, label: str, name: str, split: str, writer: Clips) -> list[Caption]:
     """A caption a line, as `parse_caption` has it; bad lines of clip `name` are refused one by one.
 
     label: what reports call the file. Refusal where it cannot be read or no line is left.
@@ -127,6 +167,11 @@ def check_texts(folder: Path) -> None:
     """ScaMoError where a folder has no texts/."""
     if not (folder / "texts").is_dir():
         raise ScaMoError(f"{folder / 'texts'}: no such folder; expected captions as texts/NAME.txt")
+
+
+def has_split_lists(folder: Path) -> bool:
+    """Whether there is one of train.txt, val.txt, test.txt."""
+    return any((folder / f"{split}.txt").is_file() for split in SPLITS)
 
 
 def split_lists(folder: Path) -> Iterator[tuple[str, str, str]]:
@@ -163,3 +208,302 @@ def parse_caption(line: str) -> tuple[Caption, bool]:
     nan = math.isnan(start) or math.isnan(end)
     start, end = (0.0 if math.isnan(tag) else tag for tag in (start, end))
     return Caption(text.strip(), start, end, {"tokens": tokens.strip()}), nan
+
+
+@dataclass
+class Entry:
+    """What a table says about a motion."""
+
+    captions: list[Caption] = field(default_factory=list)
+    label: str | None = None
+    split: str | None = None
+    fps: float | None = None
+    line: int = 0
+    used: bool = False
+
+    def checked_split(self, default: str) -> str:
+        """Its split, or the default; Refusal where that is none."""
+        if self.split is not None and self.split not in SPLITS:
+            raise Refusal("unknown split", f"{self.split!r}, expected {', '.join(SPLITS)}")
+        return self.split or default
+
+
+class CaptionTable:
+    """A CSV or JSON-lines file of captions. faults: (line, detail, reason) of rows that are left out."""
+
+    def __init__(self, path: Path, motions: Sequence[PurePath]) -> None:
+        """motions: where they are in the source folder. Raises ScaMoError for a table that cannot be read."""
+        self.faults: list[tuple[int, str, str]] = []
+        self._entries: dict[str, Entry] = {}
+        stems = Counter(motion.stem for motion in motions)
+        self._unique = {stem for stem, count in stems.items() if count == 1}
+        try:
+            for number, row in self._rows(path):
+                self._add(number, row)
+        except FileNotFoundError:
+            raise ScaMoError(f"{path}: no such file") from None
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise ScaMoError(f"{path}: not a readable table: {error}") from None
+        if not self._entries:
+            raise ScaMoError(f"{path}: names no motion")
+
+    def _rows(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            if path.suffix.lower() == ".csv":
+                reader = csv.DictReader(stream)
+                columns = set(reader.fieldnames or ())
+                if "name" not in columns or not columns & {"caption", "label"}:
+                    raise ScaMoError(f"{path}: expected a header with name and caption or label")
+                for row in reader:
+                    yield reader.line_num, row
+            elif path.suffix.lower() == ".jsonl":
+                for number, line in enumerate(stream, 1):
+                    if not line.strip():
+                        continue
+                    try:
+                        row = json.loads(line)
+                    except (ValueError, RecursionError):
+                        row = None
+                    if isinstance(row, dict):
+                        yield number, row
+                    else:
+                        self.faults.append((number, line.strip()[:80], "not a JSON object"))
+            else:
+                raise ScaMoError(f"{path}: unknown suffix, expected .csv or .jsonl")
+
+    def _add(self, number: int, row: dict[str, Any]) -> None:
+        def fault(reason: str, detail: object) -> None:
+            self.faults.append((number, str(detail)[:80], reason))
+
+        text = {key: str(row[key]).strip() for key in COLUMNS if row.get(key) is not None}
+        if any(as_text(value) != value for value in text.values()):
+            return fault("not valid text", ascii(text))
+        name = text.get("name", "")
+        if not name:
+            return fault("row without a name", text)
+        times = {}
+        for key in ("start", "end", "fps"):
+            try:
+                times[key] = float(text[key]) if text.get(key) else None
+            except ValueError:
+                return fault(f"{key} is not a number", text[key])
+        if (times["start"] is None) != (times["end"] is None):
+            return fault("start without end, or end without start", text)
+        if times["fps"] is not None and not 0 < times["fps"] < math.inf:
+            return fault("fps is not positive", text["fps"])
+        entry = self._entries.setdefault(name, Entry(line=number))
+        for key, value in (("split", text.get("split")), ("fps", times["fps"]), ("label", text.get("label"))):
+            if not value:
+                continue
+            if getattr(entry, key) not in (None, value):
+                return fault(f"another {key} than the rows before say", f"{name}: {value}")
+            setattr(entry, key, value)
+        if "caption" in text:
+            entry.captions.append(Caption(text["caption"], times["start"] or 0.0, times["end"] or 0.0))
+        return None
+
+    def of(self, motion: PurePath) -> Entry:
+        """What the table says about a motion, by its path or its name; nothing, if nothing."""
+        keys = [motion.as_posix(), motion.with_suffix("").as_posix()]
+        keys += [motion.name, motion.stem] if motion.stem in self._unique else []
+        for key in keys:
+            if key in self._entries:
+                self._entries[key].used = True
+                return self._entries[key]
+        return Entry()
+
+    def unused(self) -> list[tuple[str, Entry]]:
+        """Names that are no motion's."""
+        return [(name, entry) for name, entry in self._entries.items() if not entry.used]
+
+
+def described_by(
+    entry: Entry,
+    beside: Path | None,
+    template: str | None,
+    stem: str,
+    name: str,
+    split: str,
+    writer: Clips,
+) -> list[Caption]:
+    """The captions of a motion: its table's, those of the file `beside` it (without a table), the template's.
+
+    stem: its file's name, which the template takes apart. Refusal where there are none.
+    """
+    if entry.captions:
+        return entry.captions
+    if beside is not None:
+        if beside.is_file():
+            return caption_file(beside, beside.name, name, split, writer)
+        if template is None:
+            raise Refusal("caption file missing", beside.name)
+    if template is None:
+        raise Refusal("no caption", "the table has none for it")
+    if beside is None and entry.label is None and not entry.used:
+        raise Refusal("no label", "the table does not name it")
+    stem = as_text(stem)
+    label = entry.label if entry.label is not None else label_of(stem)
+    try:
+        return [Caption(template.format(*stem.split("_"), label=label, name=stem), meta={"label": label})]
+    except (IndexError, KeyError, ValueError, AttributeError) as error:
+        raise Refusal("the template does not fit", f"{template!r} on {stem!r}: {error}") from None
+
+
+def label_of(stem: str) -> str:
+    """A file's name as words: "jump_high-02" is "jump high"."""
+    words = re.sub(r"[_\-.\s]+", " ", stem).strip()
+    return re.sub(r"[\s\d]+$", "", words) or words
+
+
+def as_text(name: str) -> str:
+    """A file's name as UTF-8 can hold it."""
+    return name.encode("utf-8", "replace").decode()
+
+
+def checked_split(split: Sequence[float]) -> tuple[float, ...]:
+    """Parts of train, val and test; ScaMoError unless they are that."""
+    good = len(split) == len(SPLITS) and all(part >= 0 for part in split) and abs(sum(split) - 1) < 1e-6
+    if not good or split[0] <= 0:
+        raise ScaMoError(f"split = {tuple(split)}: expected parts of train, val and test that sum to 1")
+    return tuple(float(part) for part in split)
+
+
+def splits_by_name(keys: list[str], parts: tuple[float, ...]) -> dict[str, str]:
+    """The split of every key, from its name alone; but something is always in train."""
+    places = {
+        key: int(hashlib.sha256(key.encode()).hexdigest()[:12], 16) / 16**12 for key in sorted(set(keys))
+    }
+    ends = np.cumsum(parts)[:-1]
+    found = {key: SPLITS[int(np.searchsorted(ends, place, side="right"))] for key, place in places.items()}
+    if "train" not in found.values():
+        found[min(places, key=lambda key: places[key])] = "train"
+    return found
+
+
+def splits_by_source(names: Sequence[str], parts: tuple[float, ...]) -> list[str]:
+    """The split of every name: that of the recording it comes from by its name, as `splits_by_name`.
+
+    Mirrored copies, pieces and variants go with their original, and NAME_clip_7 with all clips of NAME.
+    """
+    known = set(names)
+    keys = [family(name, {}, known, OF_A_SOURCE) for name in names]
+    splits = splits_by_name(keys, parts)
+    return [splits[key] for key in keys]
+
+
+def animation_of(joints: NDArray, fps: float, body: Representation = HUMANML3D) -> Animation:
+    """Joints (T, J, 3) of a representation's body as an animation in which nothing turns."""
+    parents = np.array(body.parents)
+    places = np.asarray(joints, dtype=np.float64)
+    moved = places.copy()
+    moved[:, 1:] -= places[:, parents[1:]]
+    still = np.zeros((*places.shape[:-1], 4))
+    still[..., 0] = 1
+    hierarchy = Hierarchy(body.joint_names, body.parents, np.zeros(places.shape[1:]))
+    return Animation(hierarchy, still, moved, fps)
+
+
+def resampled_joints(joints: NDArray, fps: float, to: float, body: Representation) -> NDArray[np.float64]:
+    """Joints (T, J, 3) at another rate, straight between the frames; Refusal for less than two."""
+    places, _ = animation_of(joints, fps, body).resampled(to).forward_kinematics()
+    if len(places) < 2:
+        raise Refusal("too short", f"{len(places)} frames at {to:g} fps, expected at least 2")
+    return places
+
+
+def body_of(animation: Animation, joint_map: JointMap | None, settings: dict[str, Any]) -> Retargeted:
+    """`retarget` with these settings; Refusal where it cannot be, or what moves is no body."""
+    try:
+        body = retarget(animation, joint_map, **settings)
+    except ScaMoError as error:
+        raise Refusal("cannot be retargeted", str(error)) from None
+    if len(body.joints) < 2:
+        raise Refusal("too short", f"{len(body.joints)} frames at {body.fps:g} fps, expected at least 2")
+    speeds = np.linalg.norm(np.diff(body.joints[:, 0], axis=0), axis=-1) * body.fps
+    if not speeds.max() < FASTEST:
+        frame = int(speeds.argmax()) + 1
+        raise Refusal("the root jumps", f"{speeds.max():.0f} m/s at frame {frame} of {body.fps:g} fps")
+    return body
+
+
+def cut_at_captions(
+    frames: int, captions: list[Caption], fps: float, max_frames: int
+) -> tuple[list[tuple[int, int, list[Caption]]], list[str]]:
+    """Ranges of a clip that is too long with the captions of each, without their time tags; and what is wrong
+    with the tags of the others."""
+    by_range: dict[tuple[int, int], list[Caption]] = {}
+    wrong = []
+    for index, caption in enumerate(captions):
+        start, end = 0.0, float(frames)
+        if caption.start_s != 0 or caption.end_s != 0:
+            start, end = caption.start_s * fps, min(caption.end_s * fps, float(frames))
+        # A comparison with NaN is false.
+        if not 0 <= start < frames or not int(start) < end or not int(start) < int(end):
+            tags = f"{caption.start_s:g} to {caption.end_s:g} s of {frames / fps:g} s"
+            wrong.append(f"caption {index}: {tags}")
+            continue
+        plain = replace(caption, start_s=0.0, end_s=0.0)
+        by_range.setdefault((int(start), int(end)), []).append(plain)
+    pieces = []
+    for (first, last), described in by_range.items():
+        count = math.ceil((last - first) / (max_frames - 1))
+        edges = np.linspace(first, last, count + 1).round().astype(int).tolist()
+        pieces += [(a, b, described) for a, b in pairwise(edges)]
+    return pieces, wrong
+
+
+def add_piece(
+    writer: Clips,
+    name: str,
+    split: str,
+    joints: NDArray,
+    fps: float,
+    piece: tuple[int, int, list[Caption]],
+    cut: bool,
+    offsets: NDArray[np.float64] | None,
+    mirror: bool,
+    meta: dict[str, Any],
+    rotations: NDArray[np.float64] | None = None,
+) -> None:
+    """Features of a piece of a clip's joints, and its mirrored copy, into a dataset.
+
+    piece: frames and captions. cut: the name says which frames. rotations: (T, 22, 4), for 272 features; the
+    263 without it.
+    """
+    start, end, captions = piece
+    if cut:
+        name, meta = f"{name}@{start}-{end}", meta | {"frames": [start, end]}
+    if rotations is not None:
+        try:
+            features = features272.encode(joints[start:end], rotations[start:end], fps=fps).features
+        except ScaMoError as error:
+            writer.refuse(name, "features cannot be computed", split=split, detail=str(error))
+            return
+        writer.add_clip(name, features, split, captions, meta, contradictions(features, SMPL_272))
+        if mirror:
+            copy = SMPL_272.mirrored(features)
+            writer.add_clip(f"M{name}", copy, split, swapped(captions), meta | {"mirrored": True})
+        return
+    joints = joints[start : end + 1]
+    for mirrored in (False, True) if mirror else (False,):
+        if mirrored:
+            name, joints = f"M{name}", mirror_joints(joints)
+            captions = swapped(captions)
+        try:
+            features = joints_to_features(joints, target_offsets=offsets, fps=fps)
+        except ScaMoError as error:
+            writer.refuse(name, "features cannot be computed", split=split, detail=str(error))
+            continue
+        writer.add_clip(name, features, split, captions, meta | ({"mirrored": True} if mirrored else {}))
+
+
+def contradictions(features: NDArray, representation: Representation) -> list[tuple[str, str]]:
+    """A note (reason, detail) if bones are more than AGREE_M from where the rotations put them.
+
+    It looks at some frames, spread over the clip; of what is not finite it says nothing.
+    """
+    with np.errstate(all="ignore"):
+        off = representation.rotations_off(features[:: max(1, len(features) // _PROBED_FRAMES)])
+    if not off > AGREE_M:
+        return []
+    return [("rotations contradict positions", f"a bone ends {off * 1000:.0f} mm from where they put it")]

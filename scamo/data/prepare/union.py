@@ -198,7 +198,11 @@ def prepare_union(
         folder,
         feature_dim=datasets[0].feature_dim,
         fps=datasets[0].fps,
-        provenance={"source": "union", "config": _described(config, folder)},
+        provenance={
+            "source": "union",
+            "config": _described(config, folder),
+            **({"variant": datasets[0].variant} if datasets[0].variant != "original" else {}),
+        },
         overwrite=overwrite,
         min_frames=config.min_frames,
         max_frames=config.max_frames or None,
@@ -316,6 +320,11 @@ def _open(config: UnionConfig, where: str) -> list[MotionDataset]:
                     f"{key}: {data.folder} has {its:g} {what}, {first.folder} has {expected:g}: "
                     "prepare them alike"
                 )
+        if data.variant != first.variant:
+            raise ScaMoError(
+                f"{key}: {data.folder} has {data.variant} features, {first.folder} {first.variant} ones: "
+                "prepare them alike"
+            )
         datasets.append(data)
     return datasets
 
