@@ -513,6 +513,8 @@ class _Checker:
         representation = Representation.find(width)
         if representation is None:
             self.report.notes.append(f"features of width {width} are of no known format: not recovered")
+        provenance = self.manifest.get("provenance")
+        variant = str(provenance.get("variant", "original")) if isinstance(provenance, dict) else "original"
         moments = Moments.empty(width)
         prints = np.full((len(self.spans), inspect.FINGERPRINT), np.nan, dtype=np.float32)
         self.crossings: list[int] = []
@@ -548,7 +550,7 @@ class _Checker:
                 if crossing.any():
                     self.crossings.append(clip)
                 for severity, kind, found, expected in inspect.implausible(
-                    features, joints, off, representation, self.fps
+                    features, joints, off, representation, self.fps, variant
                 ):
                     self._note(severity, kind, "features.npy", self.clips.label(clip), found, expected)
         self._statistics(moments)

@@ -18,7 +18,6 @@ from scamo.data.inspect import MEASURES, STATIC_SHARE, STILL_SPEED
 from scamo.errors import ScaMoError
 from scamo.motion.files import replacing
 from scamo.motion.representation import Representation
-from scamo.motion.skeleton import N_JOINTS
 
 Sort = Literal[
     "random", "longest", "shortest", "jerk", "speed", "highest", "lowest", "bones", "skate", "still"
@@ -158,15 +157,13 @@ def show(
         The files written.
 
     Raises:
-        ScaMoError: an unknown name, split or order, a count below 1, or a body that cannot be drawn.
+        ScaMoError: an unknown name, split or order, or a count below 1.
     """
     from scamo.motion.motion import Motion
     from scamo.motion.render import grid_png, save_html
 
     dataset = MotionDataset.open(folder)
     representation = Representation.of(dataset.feature_dim)
-    if representation.n_joints != N_JOINTS:
-        raise ScaMoError(f"{dataset.folder}: {representation.name} bodies cannot be drawn")
     if count < 1:
         raise ScaMoError(f"count: expected 1 or more, got {count}")
     if sort not in get_args(Sort):

@@ -21,7 +21,6 @@ from scamo.errors import ScaMoError
 from scamo.motion.body import Body
 from scamo.motion.files import replacing
 from scamo.motion.motion import Motion
-from scamo.motion.skeleton import N_JOINTS
 
 _VIEWER = Path(__file__).parent / "viewer.html"
 
@@ -35,17 +34,11 @@ _PATH_AHEAD = "#e7bcc8"
 COLOURS = {"left": "#2878b5", "right": "#e07b28", "middle": "#40505f"}
 
 # Metres across; a body is drawn as round-ended sticks along its bones.
-WIDTHS = Body.of(N_JOINTS).widths
 HEAD_WIDTH = 0.19
 _OUTLINE = 0.022
 
 _AZIMUTH, _ELEVATION = math.radians(52), math.radians(17)  # from +Z towards +X; above the horizon
 _FIELD = math.radians(26)  # vertical angle of view
-
-
-def side_of(joint: int) -> str:
-    """left, right or middle, of one of the 22 joints."""
-    return Body.of(N_JOINTS).sides[joint]
 
 
 class _Camera:

@@ -10,9 +10,9 @@ import numpy as np
 import viser
 from numpy.typing import NDArray
 
+from scamo.motion.body import Body as Skeleton
 from scamo.motion.motion import Motion
-from scamo.motion.render import COLOURS, HEAD_WIDTH, PATH_COLOUR, WIDTHS, side_of
-from scamo.motion.skeleton import N_JOINTS, PARENTS
+from scamo.motion.render import COLOURS, HEAD_WIDTH, PATH_COLOUR
 from scamo.view.player import frame_at
 
 _IN_A_ROW = 5
@@ -45,11 +45,11 @@ def places(motions: Sequence[Motion]) -> NDArray[np.float32]:
 def bone_poses(
     joints: NDArray[np.float32],
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Sticks for joints (T, 22, 3): middles (T, 21, 3), quaternions (T, 21, 4) w x y z, lengths (T, 21).
+    """Sticks for joints (T, J, 3): middles (T, J - 1, 3), quaternions (T, J - 1, 4) w x y z, lengths.
 
-    The quaternion turns +Z along the bone, away from the pelvis.
+    J is the number of a known body. The quaternion turns +Z along the bone, away from the pelvis.
     """
-    starts, ends = joints[:, PARENTS[1:]], joints[:, 1:]
+    starts, ends = joints[:, Skeleton.of(joints.shape[1]).parents[1:]], joints[:, 1:]
     bones = ends - starts
     lengths = np.linalg.norm(bones, axis=-1)
     x, y, z = np.moveaxis(bones / np.maximum(lengths, 1e-6)[..., None], -1, 0)
@@ -87,13 +87,16 @@ class Body:
         self.motion = motion
         joints = motion.joints
         # The head is a ball a little above the head joint, along the neck (as in the pictures).
-        neck = joints[:, 15] - joints[:, 12]
-        crown = joints[:, 15] + 0.06 * neck / np.maximum(np.linalg.norm(neck, axis=-1, keepdims=True), 1e-6)
+        skeleton = Skeleton.of(joints.shape[1])
+        head = joints[:, skeleton.head]
+        neck = head - joints[:, skeleton.parents[skeleton.head]]
+        crown = head + 0.06 * neck / np.maximum(np.linalg.norm(neck, axis=-1, keepdims=True), 1e-6)
         self._balls = np.concatenate([joints, crown[:, None]], axis=1)
         self._middles, self._turns, lengths = bone_poses(joints)
-        radii = (0.5 * WIDTHS).astype(np.float32)
+        radii = (0.5 * skeleton.widths).astype(np.float32)
         self._sizes = np.stack([*np.broadcast_arrays(radii[1:], radii[1:], lengths)], axis=-1)
-        colours = np.array([_rgb(COLOURS[side_of(joint)]) for joint in (*range(N_JOINTS), 15)], np.uint8)
+        sides = (*skeleton.sides, skeleton.sides[skeleton.head])
+        colours = np.array([_rgb(COLOURS[side]) for side in sides], np.uint8)
         ball, stick = _meshes()
         self._frame = 0
         self._node = scene.add_frame(name, show_axes=False, position=place)
@@ -113,7 +116,7 @@ class Body:
             self._turns[0].copy(),
             self._middles[0].copy(),
             batched_scales=self._sizes[0].copy(),
-            batched_colors=colours[1:N_JOINTS],
+            batched_colors=colours[1 : len(skeleton)],
             lod="off",
         )
         way = joints[:, 0].copy()

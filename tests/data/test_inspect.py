@@ -544,8 +544,29 @@ def test_the_251_features(tmp_path):
     values = stats(tmp_path / "set", progress=False).values["all"]
     assert 0.7 < values["root_height"] < 1.1
     assert values["foot_skate"] is None
-    with pytest.raises(ScaMoError, match="KIT-ML bodies cannot be drawn"):
-        show(tmp_path / "set", tmp_path / "out")
+    picture, page = show(tmp_path / "set", tmp_path / "out", progress=False)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "clip number 1" in page.read_text()
+
+
+def test_the_fixed_variant_is_measured_by_its_own_rules(tmp_path):
+    """A body that turns from the first frame on: its smoothed heading is not that of the first pose."""
+    still = next(iter(generate_corpus(1, seed=3))).joints[:1]
+    angles = 0.06 * np.arange(60)  # 69 degrees a second
+    cos, sin, zero, one = np.cos(angles), np.sin(angles), np.zeros(60), np.ones(60)
+    turns = np.array([[cos, zero, sin], [zero, one, zero], [-sin, zero, cos]]).transpose(2, 0, 1)
+    joints = np.einsum("tij,tkj->tki", turns, np.repeat(still, 60, 0))
+    for variant in ("original", "fixed"):
+        folder = tmp_path / variant
+        provenance = {"variant": variant} if variant == "fixed" else {}
+        with DatasetWriter(folder, provenance=provenance) as writer:
+            features = joints_to_features(joints, variant=variant)
+            writer.add_clip("turning", features, "train", [Caption("a person turns")])
+        assert check(folder, progress=False).findings == []
+    # Read as the original's, the fixed features face elsewhere.
+    with DatasetWriter(tmp_path / "mixed") as writer:
+        writer.add_clip("turning", features, "train", [Caption("a person turns")])
+    assert {one.kind for one in check(tmp_path / "mixed", progress=False).findings} == {"facing"}
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "tokens/fsq/tokens.npy"])

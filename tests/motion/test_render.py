@@ -15,7 +15,7 @@ from PIL import Image
 from scamo.errors import ScaMoError
 from scamo.motion import render
 from scamo.motion.motion import Motion
-from scamo.motion.skeleton import JOINT_NAMES, PARENTS, forward_kinematics, mirror_joints
+from scamo.motion.skeleton import PARENTS, forward_kinematics, mirror_joints
 
 CAPTION = 'walks </script><script>document.title="hacked"</script> & "costs" $5 <b>'
 
@@ -354,11 +354,6 @@ def test_html_draws_the_body_in_a_browser(tmp_path):
     # The camera looks from the front and the body's left: its left side is on the right.
     left, right = (centre_of(picture, render.COLOURS[side])[1] for side in ("left", "right"))
     assert left > right
-
-
-def test_sides_are_those_of_the_joints():
-    for joint, name in enumerate(JOINT_NAMES):
-        assert render.side_of(joint) == (name.split("_")[0] if "_" in name else "middle")
 
 
 def test_motions_of_one_body_share_a_page(tmp_path):
