@@ -23,6 +23,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,17 +60,26 @@ _BAD_NAME = re.compile(r'[\x00-\x1f/\\:*?"<>|]|^[.\s]|[.\s]$')
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sentence of a job. seed, seconds: None takes the job's; name: of its files, "" for its number.
+    """A sentence of a job, or a timeline of several.
 
-    extra: further columns, which the manifest repeats; where: file and line, for messages.
+    seed, seconds: None takes the job's; name: of its files, "" for its number. parts: of a timeline, `text`
+    is then their sentences; start: the file of a motion to go on from; see `ScaMo.timeline`. extra: further
+    columns, which the manifest repeats; where: file and line, for messages.
     """
 
     text: str
     seed: int | None = None
     seconds: float | None = None
     name: str = ""
+    parts: tuple[tuple[str, float | None], ...] = ()
+    start: str = ""
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
     where: str = ""
+
+    @property
+    def timeline(self) -> tuple[tuple[str, float | None], ...]:
+        """Sentences and seconds of what `ScaMo.timeline` makes; none of what `ScaMo.generate` makes."""
+        return self.parts or (((self.text, self.seconds),) if self.start else ())
 
 
 def read_prompts(source: str | Path) -> list[Prompt]:
@@ -78,7 +88,9 @@ def read_prompts(source: str | Path) -> list[Prompt]:
     Args:
         source: .txt with a sentence a line (blank lines and those that start with # are skipped), .jsonl with
             an object a line, .csv with a header; "-" reads sentences from stdin. Objects and columns: "text"
-            (or "prompt"), and where wanted "seed", "seconds" and "name"; others go into the manifest.
+            (or "prompt"), and where wanted "seed", "seconds" and "name"; others go into the manifest. Objects
+            may also have "start", the file of a motion to go on from (where it is not absolute, beside
+            `source`), and in place of a sentence "parts", a list of sentences or of [sentence, seconds].
 
     Raises:
         ScaMoError: naming the file and the line: no such file, another suffix, not UTF-8, not JSON or CSV, an
@@ -109,7 +121,9 @@ def _from_text(label: str, text: str) -> Iterator[Prompt]:
 
 def _from_objects(label: str, text: str) -> Iterator[Prompt]:
     for where, entry in json_lines(text, label):
-        yield _prompt(where, entry)
+        if isinstance(entry.get("start"), str):
+            entry["start"] = str(Path(label).parent / entry["start"])
+        yield _prompt(where, entry, timelines=True)
 
 
 def _from_table(label: str, text: str) -> Iterator[Prompt]:
@@ -131,24 +145,30 @@ def _from_table(label: str, text: str) -> Iterator[Prompt]:
         raise ScaMoError(f"{label}:{rows.line_num}: not valid CSV: {error}") from None
 
 
-def _prompt(where: str, entry: dict[str, Any]) -> Prompt:
-    """The prompt of an object or a row. Raises ScaMoError."""
+def _prompt(where: str, entry: dict[str, Any], timelines: bool = False) -> Prompt:
+    """The prompt of an object or a row; timelines: whether it may have parts and start. Raises ScaMoError."""
     extra = dict(entry)
-    if "text" in entry and "prompt" in entry:
-        raise ScaMoError(f'{where}: has "text" and "prompt": give one of them')
-    key = "prompt" if "prompt" in entry else "text"
-    if key not in entry:
+    sentences = [key for key in ("text", "prompt", "parts")[: 3 if timelines else 2] if key in entry]
+    if len(sentences) > 1:
+        raise ScaMoError(f'{where}: has "{sentences[0]}" and "{sentences[1]}": give one of them')
+    if not sentences:
         raise ScaMoError(f'{where}: no sentence: expected "text", found {sorted(entry)}')
-    text, seed, seconds = extra.pop(key), extra.pop("seed", None), extra.pop("seconds", None)
-    name = extra.pop("name", "")
-    if not isinstance(text, str):
-        raise ScaMoError(f"{where}: {key} is {text!r}, expected a sentence")
-    if not text.strip():
-        raise ScaMoError(f"{where}: an empty sentence")
+    text, seed, seconds = extra.pop(sentences[0]), extra.pop("seed", None), extra.pop("seconds", None)
+    name, start = extra.pop("name", ""), extra.pop("start", "") if timelines else ""
+    parts: tuple[tuple[str, float | None], ...] = ()
+    if sentences[0] == "parts":
+        if seconds is not None:
+            raise ScaMoError(f"{where}: seconds: give them in parts, to each")
+        if not isinstance(text, list) or not text:
+            raise ScaMoError(f"{where}: parts is {text!r}, expected a list of [sentence, seconds]")
+        parts = tuple(_part(f"{where}: part {index}", part) for index, part in enumerate(text))
+        text = ", then ".join(sentence for sentence, _ in parts)
+    text = _sentence(where, sentences[0], text)
     if seed is not None and type(seed) is not int:
         raise ScaMoError(f"{where}: seed is {seed!r}, expected a whole number")
-    if seconds is not None and (type(seconds) not in (int, float) or not 0 < seconds < float("inf")):
-        raise ScaMoError(f"{where}: seconds is {seconds!r}, expected a number above 0")
+    _check_seconds(where, seconds)
+    if not isinstance(start, str):
+        raise ScaMoError(f"{where}: start is {start!r}, expected the file of a motion")
     if not isinstance(name, str) or (name and not _is_name(name)):
         raise ScaMoError(f"{where}: name is {name!r}, expected a plain file name without a suffix")
     try:
@@ -157,7 +177,29 @@ def _prompt(where: str, entry: dict[str, Any]) -> Prompt:
         raise ScaMoError(f"{where}: not valid Unicode: {text.strip()!a}") from None
     except ValueError:
         raise ScaMoError(f"{where}: holds NaN or infinity, which the manifest cannot repeat") from None
-    return Prompt(text.strip(), seed, seconds, name, extra, where)
+    return Prompt(text, seed, seconds, name, parts, start, extra, where)
+
+
+def _part(where: str, part: Any) -> tuple[str, float | None]:
+    """A sentence, or one with its seconds, of a timeline."""
+    pair = [part, None] if isinstance(part, str) else part
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise ScaMoError(f"{where} is {part!r}, expected a sentence or [sentence, seconds]")
+    _check_seconds(where, pair[1])
+    return _sentence(where, "its text", pair[0]), pair[1]
+
+
+def _sentence(where: str, key: str, text: Any) -> str:
+    if not isinstance(text, str):
+        raise ScaMoError(f"{where}: {key} is {text!r}, expected a sentence")
+    if not text.strip():
+        raise ScaMoError(f"{where}: an empty sentence")
+    return text.strip()
+
+
+def _check_seconds(where: str, seconds: Any) -> None:
+    if seconds is not None and (type(seconds) not in (int, float) or not 0 < seconds < float("inf")):
+        raise ScaMoError(f"{where}: seconds is {seconds!r}, expected a number above 0")
 
 
 def _is_name(name: str) -> bool:
@@ -219,7 +261,8 @@ def generate_folder(
         formats: suffixes of the files of each motion.
         seed: of prompts without their own.
         samples, best_of, evaluator, batch_size, settings: as `ScaMo.generate` has them. A prompt's own
-            seconds go before settings.
+            seconds, and its parts, go before settings; best_of is of sentences without parts and start only.
+            A prompt with parts or start knows no limits but its seconds.
         device, dtype, text_encoder, ema: as `ScaMo.load` has them.
         foot_lock, smooth: see `Motion.cleaned`.
         overwrite: begin again in a folder of motions.
@@ -246,16 +289,21 @@ def generate_folder(
     judge = None if evaluator is None else load_evaluator(evaluator, target)
     whole = settings.get("seconds")
     prompts = [
-        replace(p, seed=seed if p.seed is None else p.seed, seconds=whole if p.seconds is None else p.seconds)
+        replace(
+            p,
+            seed=seed if p.seed is None else p.seed,
+            seconds=whole if p.seconds is None and not p.parts else p.seconds,
+        )
         for p in prompts
     ]
     stems = _stems(prompts, samples)
+    starts = _hashes(prompts)
     model = identify(run, ema)
     if text_encoder is not None:
         model["text_encoder"] = text_encoder
     header = _header(
         {"folder": str(run)} | model,
-        prompts,
+        [{**asdict(p), "where": "", "start": starts.get(p.start, "")} for p in prompts],
         {
             "formats": [suffix[1:] for suffix in suffixes],
             "seed": seed,
@@ -278,17 +326,20 @@ def generate_folder(
 
     begun = _is_begun(out, header, overwrite)
     notes = _Notes(progress)
-    chunk = max(1, CHUNK * max(1, batch_size) // (samples or best_of or 1))
+    count = samples or best_of or 1
+    chunk = max(1, CHUNK * max(1, batch_size) // count)
     with contextlib.ExitStack() as stack:
+        # A motion counts when it has its tokens. tqdm writes to terminals only, where `disable` is None.
         bar = stack.enter_context(
-            tqdm(total=len(prompts), desc=out.name, unit="prompt", dynamic_ncols=True,
+            tqdm(total=len(prompts) * count, desc=out.name, unit="motion", dynamic_ncols=True, mininterval=1,
                  disable=None if progress else True)
         )  # fmt: skip
         done = size = 0
         if (out / "manifest.json").is_file():
             stack.enter_context(_locked(out))
         if begun:
-            done, size = _finished(out, [len(g) for g in stems], chunk, bar, notes)
+            done, size = _finished(out, [len(g) for g in stems], chunk, notes)
+            bar.update(done * count)
         if done < len(prompts):
             loaded = ScaMo.load(run, target, dtype=dtype, text_encoder=text_encoder, ema=ema)
             _check(loaded, prompts, options, settings)
@@ -303,14 +354,13 @@ def generate_folder(
                     file.seek(size)
                     for start in range(done, len(prompts), chunk):
                         part = range(start, min(start + chunk, len(prompts)))
-                        made = _generate(loaded, [prompts[i] for i in part], options, settings)
+                        made = _generate(loaded, [prompts[i] for i in part], options, settings, bar.update)
                         lines = []
                         for index, motions in zip(part, made, strict=True):
                             for stem, motion in zip(stems[index], motions, strict=True):
                                 final = finish(motion)
                                 files = _save(final, out, [f"{stem}{suffix}" for suffix in suffixes])
-                                lines.append(_line(index, prompts[index], final, files))
-                            bar.update()
+                                lines.append(_line(index, prompts[index], starts, final, files))
                         file.write("".join(lines).encode())
                         file.flush()
                         os.fsync(file.fileno())
@@ -332,7 +382,8 @@ class _Notes:
             tqdm.write(text, file=sys.stderr)
 
     def about(self, prompts: Sequence[Prompt]) -> None:
-        twice = sum(n - 1 for n in Counter((p.text, p.seed, p.seconds) for p in prompts).values())
+        key = attrgetter("text", "seed", "seconds", "parts", "start")
+        twice = sum(n - 1 for n in Counter(map(key, prompts)).values())
         if twice:
             self.say(f"note: {twice} prompts occur again with the same seed: they get the same motion")
         extra = sorted({key for p in prompts for key in p.extra})
@@ -356,14 +407,28 @@ def _stems(prompts: Sequence[Prompt], samples: int | None) -> list[list[str]]:
     return stems
 
 
-def _header(model: dict[str, Any], prompts: Sequence[Prompt], settings: dict[str, Any]) -> dict[str, Any]:
+def _hashes(prompts: Sequence[Prompt]) -> dict[str, str]:
+    """SHA-256 of each file that a prompt starts from. Raises ScaMoError naming the prompt."""
+    found: dict[str, str] = {}
+    for prompt in prompts:
+        if prompt.start and prompt.start not in found:
+            try:
+                found[prompt.start] = sha256_of(Path(prompt.start))
+            except OSError as error:
+                raise ScaMoError(f"{prompt.where}: start {prompt.start}: {error.strerror}") from None
+    return found
+
+
+def _header(
+    model: dict[str, Any], prompts: Sequence[dict[str, Any]], settings: dict[str, Any]
+) -> dict[str, Any]:
     import numpy
     import torch
     import transformers
 
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps({**asdict(prompt), "where": ""}, sort_keys=True).encode() + b"\n")
+        digest.update(json.dumps(prompt, sort_keys=True).encode() + b"\n")
     header = {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
@@ -420,7 +485,7 @@ def _short(value: Any) -> str:
     return f"{text[1:13]}…" if re.fullmatch(r'"[0-9a-f]{64}"', text) else text
 
 
-def _finished(out: Path, counts: Sequence[int], chunk: int, bar: tqdm, notes: _Notes) -> tuple[int, int]:
+def _finished(out: Path, counts: Sequence[int], chunk: int, notes: _Notes) -> tuple[int, int]:
     """Prompts of the leading chunks whose files are as motions.jsonl says, and the bytes of their lines."""
     done = size = 0
     with contextlib.suppress(FileNotFoundError), open(out / _MOTIONS, "rb") as file:
@@ -434,7 +499,6 @@ def _finished(out: Path, counts: Sequence[int], chunk: int, bar: tqdm, notes: _N
                 notes.say(f"{out / wrong}: missing or changed since; what comes from there on is made again")
                 break
             done, size = done + len(part), size + sum(map(len, lines))
-            bar.update(len(part))
     notes.say(f"{out}: {done} of {len(counts)} prompts are done")
     return done, size
 
@@ -456,12 +520,22 @@ def _check(
 ) -> None:
     """All that `generate` would refuse, before hours of work."""
     model.generate([], **options, **settings)
-    sampling = {key: value for key, value in settings.items() if key not in (*LENGTHS, "seconds")}
-    for seconds, where in {p.seconds: p.where for p in prompts if p.seconds is not None}.items():
+    sampling = _sampling(settings)
+    single = {(p.timeline, p.start) if p.timeline else p.seconds: p for p in prompts}
+    for prompt in single.values():
         try:
-            model.stream("any", seconds=seconds, **sampling)
+            if prompt.timeline and options["best_of"]:
+                raise ScaMoError("best_of: not of a prompt with parts or start")
+            if prompt.timeline:
+                model.check_timeline(prompt.timeline, prompt.start or None)
+            elif prompt.seconds is not None:
+                model.stream("any", seconds=prompt.seconds, **sampling)
         except ScaMoError as error:
-            raise ScaMoError(f"{where}: {error}") from None
+            raise ScaMoError(f"{prompt.where}: {error}") from None
+
+
+def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in (*LENGTHS, "seconds")}
 
 
 def _begin(out: Path, header: dict[str, Any]) -> None:
@@ -508,19 +582,34 @@ def _disk_errors(out: Path) -> Iterator[None]:
 
 
 def _generate(
-    model: ScaMo, prompts: Sequence[Prompt], options: Mapping[str, Any], settings: Mapping[str, Any]
+    model: ScaMo,
+    prompts: Sequence[Prompt],
+    options: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    finished: Callable[[], object],
 ) -> list[list[Motion]]:
-    """The motions of each prompt. Those with a length of their own go together."""
+    """The motions of each prompt. Those with a length of their own go together, and so do timelines."""
+    from scamo.generation.long import Timeline
+
     made: list[list[Motion]] = [[] for _ in prompts]
-    for timed in (False, True):
-        part = [i for i, prompt in enumerate(prompts) if (prompt.seconds is not None) == timed]
-        if not part:
-            continue
-        own = {key: value for key, value in settings.items() if key not in LENGTHS or not timed}
-        own["seconds"] = [prompts[i].seconds for i in part] if timed else None
-        found = model.generate(
-            [prompts[i].text for i in part], seed=[prompts[i].seed or 0 for i in part], **options, **own
-        )
+    kinds = ["line" if p.timeline else "plain" if p.seconds is None else "timed" for p in prompts]
+    for kind in sorted(set(kinds)):
+        part = [index for index, one in enumerate(kinds) if one == kind]
+        own = dict(settings) if kind == "plain" else _sampling(settings)
+        seeds = [prompts[i].seed or 0 for i in part]
+        found: Sequence[Motion | list[Motion]]
+        if kind == "line":
+            lines = [
+                Timeline(prompts[i].timeline, prompts[i].start or None, seed)
+                for i, seed in zip(part, seeds, strict=True)
+            ]
+            shared = {key: options[key] for key in ("samples", "batch_size")}
+            found = model.timelines(lines, finished=lambda _: finished(), **shared, **own)
+        else:
+            own["seconds"] = [prompts[i].seconds for i in part] if kind == "timed" else None
+            found = model.generate(
+                [prompts[i].text for i in part], seed=seeds, finished=lambda _: finished(), **options, **own
+            )
         for i, motions in zip(part, found, strict=True):
             made[i] = motions if isinstance(motions, list) else [motions]
     return made
@@ -537,12 +626,16 @@ def _save(motion: Motion, out: Path, names: Sequence[str]) -> dict[str, Any]:
     return files
 
 
-def _line(index: int, prompt: Prompt, motion: Motion, files: Mapping[str, Any]) -> str:
+def _line(
+    index: int, prompt: Prompt, starts: Mapping[str, str], motion: Motion, files: Mapping[str, Any]
+) -> str:
     line: dict[str, Any] = {"index": index, "text": prompt.text, "seed": prompt.seed, "sample": 0}
     if prompt.name:
         line["name"] = prompt.name
     if prompt.seconds is not None:
         line["seconds"] = prompt.seconds
+    if prompt.start:
+        line["start"] = {"name": Path(prompt.start).name, "sha256": starts[prompt.start]}
     line |= motion.meta | {"frames": len(motion), "files": dict(files)}
     if prompt.extra:
         line["extra"] = prompt.extra

@@ -366,8 +366,10 @@ def test_one_body_for_everybody(folder):
     np.testing.assert_allclose(data.clip_features(data.clip_names.index("000003")), want, atol=1e-5)
 
 
-def test_the_same_bytes_every_time(folder):
-    one, two = prepared(folder, "one"), prepared(folder, "two")
+@pytest.mark.parametrize("feature_dim", [263, 272])
+def test_any_number_of_workers_gives_the_same_bytes(folder, feature_dim):
+    options = {"feature_dim": feature_dim, "fit_joints": True}
+    one, two = prepared(folder, "one", **options), prepared(folder, "two", workers=2, **options)
     files = sorted(path.name for path in one.folder.iterdir())
     assert files == sorted(path.name for path in two.folder.iterdir())
     for name in files:

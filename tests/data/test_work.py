@@ -57,7 +57,8 @@ PROGRAM = textwrap.dedent(
         for part in range(number % 3):
             features = rng.normal(size=(20 + number, {WIDTH})).astype(np.float32)
             captions = [Caption(f"é {{number}}"), Caption("", meta={{"n": part}}), Caption("part", 0.5, 0.9)]
-            clips.add_clip(f"{{number}}-{{part}}", features, "train", captions, {{"part": (part,)}}, [("odd", "x")])
+            meta, notes = {{"part": (part,)}}, [("odd", "x")]
+            clips.add_clip(f"{{number}}-{{part}}", features, "train", captions, meta, notes)
         if number % 3 == 0:
             clips.refuse(piece.name, "nothing in it", detail=piece.name)
         time.sleep(0.01)
@@ -69,9 +70,8 @@ PROGRAM = textwrap.dedent(
         try:
             with DatasetWriter(out, feature_dim={WIDTH}, min_frames=25, resume={{}}) as writer:
                 print("open", flush=True)
-                write_pieces(
-                    writer, pieces, partial(make, inputs, what), partial(files, inputs), desc="x", workers=workers
-                )
+                making, reading = partial(make, inputs, what), partial(files, inputs)
+                write_pieces(writer, pieces, making, reading, desc="x", workers=workers)
         except ScaMoError as error:
             sys.exit(f"refused: {{error}}")
     """
@@ -209,10 +209,10 @@ def test_no_more_than_a_few_pieces_are_under_way(tmp_path, inputs):
 def test_what_has_changed_is_made_again(tmp_path, inputs, whole):
     out = tmp_path / "set"
     run(out, inputs, 1, "fails")
-    (inputs / "4").write_text("44")
+    (inputs / "5").write_text("55")
     code, said = run(out, inputs, 1)
     assert code == 0
-    assert f"4 of {PIECES} clips were done before" in said
+    assert f"5 of {PIECES} clips were done before" in said
     run(tmp_path / "fresh", inputs, 1)
     assert files_of(out) == files_of(tmp_path / "fresh")
     assert files_of(out) != whole

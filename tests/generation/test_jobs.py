@@ -20,6 +20,7 @@ from scamo.errors import ScaMoError
 from scamo.generation.api import ScaMo
 from scamo.generation.export import export_model
 from scamo.generation.jobs import check_formats, generate_folder, prompts_of, read_prompts
+from scamo.generation.long import Timeline
 from scamo.motion.motion import Motion
 from scamo.tokenizers.autoencoder import FSQAutoencoder
 
@@ -70,6 +71,24 @@ def test_prompts_of_every_kind_of_file(tmp_path, monkeypatch):
         assert (second.text, second.seed, second.seconds, second.name) == ("jumps", None, None, "")
 
 
+def test_prompts_of_several_parts_and_of_a_start(tmp_path):
+    entries = [
+        {"parts": [["walks", 2], "jumps ", ["sits", None]], "seed": 3},
+        {"text": "runs", "start": "deep/a.npz", "seconds": 1.5},
+        {"parts": ["runs"], "start": "/b.npz"},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    (tmp_path / "a.csv").write_text("text,parts,start\nwalks,two,x.npz\n")
+    line, start, both = read_prompts(tmp_path / "a.jsonl")
+    assert line.parts == line.timeline == (("walks", 2), ("jumps", None), ("sits", None))
+    assert (line.text, line.seed, line.start) == ("walks, then jumps, then sits", 3, "")
+    assert (start.start, start.parts) == (str(tmp_path / "deep" / "a.npz"), ())
+    assert start.timeline == (("runs", 1.5),)
+    assert (both.start, both.timeline) == ("/b.npz", (("runs", None),))
+    (row,) = read_prompts(tmp_path / "a.csv")  # a column like any other
+    assert (row.timeline, row.extra) == ((), {"parts": "two", "start": "x.npz"})
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -87,6 +106,15 @@ def test_prompts_of_every_kind_of_file(tmp_path, monkeypatch):
         ("a.jsonl", b'{"text": "a", "seconds": NaN}', "a.jsonl:1: seconds is nan"),
         ("a.jsonl", b'{"text": "a", "more": NaN}', "a.jsonl:1: holds NaN"),
         ("a.jsonl", b'{"text": "a", "name": "../b"}', "a.jsonl:1: name is '../b'"),
+        ("a.jsonl", b'{"text": "a", "parts": ["b"]}', 'a.jsonl:1: has "text" and "parts"'),
+        ("a.jsonl", b'{"parts": []}', r"a.jsonl:1: parts is \[\]"),
+        ("a.jsonl", b'{"parts": "a"}', "a.jsonl:1: parts is 'a'"),
+        ("a.jsonl", b'{"parts": ["a", ["b", 1, 2]]}', "a.jsonl:1: part 1 is"),
+        ("a.jsonl", b'{"parts": ["a", ["b", -1]]}', "a.jsonl:1: part 1: seconds is -1"),
+        ("a.jsonl", b'{"parts": [" "]}', "a.jsonl:1: part 0: an empty sentence"),
+        ("a.jsonl", b'{"parts": [3]}', "a.jsonl:1: part 0 is 3"),
+        ("a.jsonl", b'{"parts": ["a"], "seconds": 2}', "a.jsonl:1: seconds: give them in parts"),
+        ("a.jsonl", b'{"text": "a", "start": 3}', "a.jsonl:1: start is 3"),
         ("a.csv", b"text,seed\na,1\nb,1,2\n", "a.csv:3: expected 2 columns"),
         ("a.csv", b"text,seed\na,one\n", "a.csv:2: seed is 'one'"),
         ("a.csv", b"text,seed\n,1\n", "a.csv:2: no sentence"),
@@ -165,6 +193,98 @@ def test_the_command_passes_its_options_on(exported, tmp_path, monkeypatch, caps
         for path in (inside, tmp_path / f"one-{index}.npz"):
             assert Motion.load(path).tokens.tolist() == expected[index]
         assert inside.with_suffix(".bvh").is_file()
+
+
+def some_prompts(folder, model):
+    """Sentences, timelines and what goes on from a motion; three chunks of the jobs below."""
+    model.generate("a person walks", seed=3, seconds=1.0).save(folder / "start.npz")
+    entries = [
+        {"parts": [["a person walks", 0.6], "a person runs", ["a person jumps", 4.0]], "name": "line"},
+        {"text": "a person runs"},
+        {"text": "a person jumps", "start": "start.npz", "seed": 4},
+        {"text": "a person walks", "seconds": 0.6},
+        {"parts": ["a person runs", ["a person walks", 1.0]], "start": "start.npz", "group": 1},
+        {"text": "a person jumps"},
+    ]
+    (folder / "p.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    return read_prompts(folder / "p.jsonl")
+
+
+def test_timelines_and_continuations_stand_among_sentences(exported, tmp_path):
+    model = ScaMo.load(exported, device="cpu")
+    prompts = some_prompts(tmp_path, model)
+    options = {"seed": 2, "samples": 2, "temperature": 0.9, "max_tokens": 3}
+    generate_folder(exported, prompts, tmp_path / "out", **options, **SMALL)
+    shared = {"samples": 2, "temperature": 0.9}
+    start = tmp_path / "start.npz"
+    first, second = prompts[0].parts, prompts[4].parts
+    expected = [
+        model.timeline(first, seed=2, **shared),
+        model.generate("a person runs", seed=2, max_tokens=3, **shared),
+        model.continue_motion(start, "a person jumps", seed=4, **shared),
+        model.generate("a person walks", seed=2, seconds=0.6, **shared),
+        model.timeline(second, start=start, seed=2, **shared),
+        model.generate("a person jumps", seed=2, max_tokens=3, **shared),
+    ]
+    lines = lines_of(tmp_path / "out")
+    for line, motion in zip(lines, [motion for group in expected for motion in group], strict=True):
+        stored = Motion.load(tmp_path / "out" / next(iter(line["files"])))
+        assert stored.tokens.tolist() == motion.tokens.tolist()
+        assert stored.meta.get("parts") == line.get("parts") == motion.meta.get("parts")
+        assert line["sample"] == motion.meta["sample"]
+    assert lines[0]["files"].keys() == {"line-0.npz"}
+    assert [part["frames"] for part in lines[0]["parts"]][::2] == [12, 80]
+    assert lines[4]["start"] == {"name": "start.npz", "sha256": sha256_of(start)}
+    assert (lines[8]["extra"], lines[8]["parts"][0]["first_frame"]) == ({"group": 1}, 20)
+
+
+def test_a_stopped_job_of_timelines_goes_on_and_knows_its_starts(exported, tmp_path, monkeypatch):
+    prompts = some_prompts(tmp_path, ScaMo.load(exported, device="cpu"))
+    options = {"temperature": 0.9, **SMALL, "samples": 2}  # two prompts a chunk
+    generate_folder(exported, prompts, tmp_path / "whole", **options)
+    before = contents(tmp_path / "whole")
+
+    made = []
+
+    def save(motion, path, *rest, really=Motion.save):
+        if len(made) == 6:
+            raise KeyboardInterrupt
+        made.append(path.name)
+        return really(motion, path, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Motion, "save", save)
+        generate_folder(exported, prompts, tmp_path / "cut", **options)
+    assert len(lines_of(tmp_path / "cut")) == 4
+    # Another place of the same start is no other job; another start is.
+    (tmp_path / "start.npz").rename(tmp_path / "moved.npz")
+    text = (tmp_path / "p.jsonl").read_text().replace("start.npz", "moved.npz")
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(ScaMoError, match=r"p.jsonl:3: start .*start.npz: No such file"):
+        generate_folder(exported, prompts, tmp_path / "cut", **options)
+    content = (tmp_path / "moved.npz").read_bytes()
+    Motion.load(tmp_path / "moved.npz").cleaned(smooth=5.0).save(tmp_path / "moved.npz")
+    with pytest.raises(ScaMoError, match="prompts.sha256 was"):
+        generate_folder(exported, read_prompts(tmp_path / "p.jsonl"), tmp_path / "cut", **options)
+    (tmp_path / "start.npz").write_bytes(content)
+    generate_folder(exported, prompts, tmp_path / "cut", **options)
+    assert contents(tmp_path / "cut") == before
+
+
+def test_every_motion_is_told_when_it_has_its_tokens(exported):
+    """What moves the bar: not a chunk at its end, but rows as they end."""
+    model = ScaMo.load(exported, device="cpu")
+    told = []
+    lengths = [2.0, 0.4, 1.0]
+    motions = model.generate(
+        TEXTS[:3], seconds=lengths, samples=2, batch_size=6, finished=lambda index: told.append(index)
+    )
+    assert [len(group) for group in motions] == [2, 2, 2]
+    assert told == [1, 1, 2, 2, 0, 0]
+    told.clear()
+    lines = [Timeline([(text, seconds)]) for text, seconds in zip(TEXTS, lengths, strict=False)]
+    model.timelines(lines, batch_size=3, finished=lambda index: told.append(index))
+    assert told == [1, 2, 0]
 
 
 def wait_for(condition, process):
@@ -295,6 +415,9 @@ def test_one_writer_at_a_time(exported, finished):
     ("entries", "options", "message"),
     [
         ([{"text": "a", "seconds": 99}], {}, "p.jsonl:1: seconds = 99: expected 0.2"),
+        ([{"text": "a"}, {"parts": ["a", ["b", 0.01]]}], {}, "p.jsonl:2: part 1: seconds = 0.01"),
+        ([{"text": "a", "start": "none.npz"}], {}, "p.jsonl:1: start .*none.npz: No such file"),
+        ([{"text": "a", "start": "p.jsonl"}], {}, "p.jsonl:1: .*p.jsonl: cannot read suffix"),
         ([{"text": "a", "name": "x"}, {"text": "b", "name": "X"}], {}, "p.jsonl:2: the name 'X' is taken"),
         ([{"text": "a", "name": "000001"}, {"text": "b"}], {}, "p.jsonl:2: the name '000001' is taken"),
         ([{"text": "a"}], {"formats": "docx"}, "format 'docx'"),

@@ -190,7 +190,7 @@ def own_tokens(model, tokens):
         ([(WALK, "long")], {}, "part 0: seconds = long"),
         ([WALK, (" ", 1.0)], {}, "part 1: text = ' ', expected a sentence"),
         ([WALK, 3], {}, "part 1 is 3: expected a text"),
-        ([WALK], {"context": 0}, "context = 0: expected 1 to 11"),
+        ([WALK], {"context": -1}, "context = -1: expected 0 to 11"),
         ([WALK], {"window": 13}, "window = 13: expected 2 to 12"),
         ([WALK], {"window": 4, "context": 4}, "context = 4: expected less than the window"),
         ([WALK], {"samples": 0}, "samples = 0"),

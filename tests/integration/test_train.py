@@ -71,6 +71,7 @@ def test_a_run_leaves_config_log_checkpoints_and_export(folder, one_rank):
         "motion_tokens_per_s",
         "seconds",
         "memory_gib",
+        "flops",
         "tflops_per_device",
     ):
         assert all(np.isfinite(r[key]) and r[key] > 0 for r in steps), key

@@ -244,10 +244,14 @@ class _Maker:
         mirror: bool,
     ) -> None:
         self._folder, self._texts, self._bodies = folder, texts, bodies
-        self._representation, self._fit_joints, self._mirror = representation, fit_joints, mirror
+        self._feature_dim, self._fit_joints, self._mirror = representation.feature_dim, fit_joints, mirror
         self.offsets: NDArray[np.float64] | None = None
         self._last: tuple[str, _Source | Refusal] | None = None
         self._motion: tuple[_Row, NDArray, dict[str, Any]] | None = None
+
+    @property
+    def _representation(self) -> Representation:
+        return Representation.of(self._feature_dim)  # it cannot be pickled itself
 
     def uniform(self, rows: list[_Row]) -> NDArray[np.float64] | None:
         """The bones of the first frame of clip UNIFORM, if it is there."""
