@@ -893,7 +893,7 @@ def inbetween(
     *,
     frames: tuple[int, int],
     run: Path = Path("runs/quickstart/run"),
-    candidates: int = 8,
+    candidates: int = 16,
     seed: int = 0,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -908,7 +908,7 @@ def inbetween(
         out: where to write; the suffix says what, as in `scamo generate`.
         frames: the first frame of the gap, and the first one behind it.
         run: a training run or an exported model.
-        candidates: how many to choose from; the likeliest before what follows is taken.
+        candidates: how many to choose from, by what follows and by how near they end to it.
         seed: the same seed gives the same motion.
         temperature: of the sampling; below 1 is more careful.
         top_p: sample among the likeliest tokens that have this much probability together.

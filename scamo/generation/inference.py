@@ -41,13 +41,15 @@ def inference_twin(model: PrefixLM) -> PrefixLM:
 
 def _make_twin(model: PrefixLM) -> PrefixLM:
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    for block in (cast(Block, block) for block in twin.blocks):
+    for index, block in enumerate(cast(Block, block) for block in twin.blocks):
         block.qkv = cast(ToHeads, _ToHeads(block.qkv))
         block.out = cast(FromHeads, _FromHeads(block.out))
         block.gate_up = cast(Linear, _Product(block.gate_up))
         block.down = cast(Linear, _Product(block.down))
         if not block.down.weight.is_cuda:
             block.norm_1, block.norm_2 = (cast(RMSNorm, _Norm(n)) for n in (block.norm_1, block.norm_2))
+        if block.down.packed is not None and block.down.weight.dtype == torch.float32:
+            twin.blocks[index] = _Block(block)
     twin.head = cast(Head, _Logits(twin.head))
     return twin
 
@@ -73,10 +75,17 @@ class _Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
             return F.linear(x, self.weight)
-        rows = x.shape[0]
-        if rows < _LEAST_ROWS:
-            x = F.pad(x, (0, 0, 0, _LEAST_ROWS - rows))
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")[:rows]
+        return torch.ops.mkldnn._linear_pointwise(_pad(x), self.packed, None, "none", [], "")[: x.shape[0]]
+
+    def add_to(self, stream: Tensor, x: Tensor) -> Tensor:
+        """stream + x weight^T in one product, packed, of rows that `_pad` gave."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, stream, self.packed, None, "add")
+
+
+def _pad(x: Tensor) -> Tensor:
+    """x (N, C) with rows of zeros up to _LEAST_ROWS."""
+    missing = _LEAST_ROWS - x.shape[0]
+    return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x
 
 
 class _Norm(nn.Module):
@@ -111,6 +120,28 @@ class _FromHeads(_Product):
     def forward(self, attended: Tensor) -> Tensor:
         """(N, heads, storage) -> (N, C)."""
         return super().forward(attended[..., : self.head_dim].flatten(1))
+
+
+class _Block(nn.Module):
+    """A Block of packed float32 products; they add its branches to the stream, and rows are padded once."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.scale, self.norm_1, self.norm_2 = block.scale, block.norm_1, block.norm_2
+        self.qkv, self.out, self.gate_up, self.down = (
+            cast(Any, layer) for layer in (block.qkv, block.out, block.gate_up, block.down)
+        )
+
+    def project(self, x: Tensor, branch: None, storage: int) -> tuple[Tensor, Tensor]:
+        """x (N, C) -> q | k | v (N, 3, H, storage), not rotated, and x."""
+        return self.qkv(self.norm_1(x)[0], storage), x
+
+    def finish(self, x: Tensor, attended: Tensor) -> tuple[Tensor, None]:
+        """Stream x (N, C) and attention output (N, H, storage) -> the stream (N, C), and no branch."""
+        heads = attended[..., : self.out.head_dim].flatten(1)
+        stream = self.out.add_to(_pad(x), _pad(heads))
+        gate, up = self.gate_up(self.norm_2(stream)[0]).chunk(2, 1)
+        return self.down.add_to(stream, F.silu(gate).mul_(up))[: x.shape[0]], None
 
 
 class _Logits(_Product):

@@ -33,6 +33,8 @@ from scamo.tokenizers.encode import decode_tokens, encode_motions
 CONTEXT = 1
 # Tokens that the model sees while a sentence goes on: near its clips' length it brings motions to an end.
 WINDOW = 16
+# Nats a token that a candidate for a gap loses for every metre by which it ends off the place.
+LACK = 4.0
 # Seconds over which the difference between a given motion and its decoded tokens fades.
 BLEND = 0.4
 

@@ -252,9 +252,10 @@ def test_a_stopped_job_of_timelines_goes_on_and_knows_its_starts(exported, tmp_p
         made.append(path.name)
         return really(motion, path, *rest)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Motion, "save", save)
-        generate_folder(exported, prompts, tmp_path / "cut", **options)
+        with pytest.raises(KeyboardInterrupt):
+            generate_folder(exported, prompts, tmp_path / "cut", **options)
     assert len(lines_of(tmp_path / "cut")) == 4
     # Another place of the same start is no other job; another start is.
     (tmp_path / "start.npz").rename(tmp_path / "moved.npz")
