@@ -223,20 +223,6 @@ def _of_guo(name: str, joint_names: tuple[str, ...], **fields: Any) -> Represent
     )
 
 
-def _kit_to_joints(features: Any) -> Any:
-    """Read as a body of 22 joints whose last one is dropped."""
-    used = features[..., : humanml3d.ROOT.stop + 3 * (len(KIT_SKELETON) - 1)]
-    shape = (*used.shape[:-1], humanml3d.FEATURE_DIM - used.shape[-1])
-    wide: Any
-    if isinstance(features, np.ndarray):
-        wide = np.concatenate([used, np.zeros(shape, used.dtype)], -1)
-    else:
-        import torch
-
-        wide = torch.cat([used, used.new_zeros(shape)], -1)
-    return humanml3d.features_to_joints(wide)[..., : len(KIT_SKELETON), :] / 1000
-
-
 HUMANML3D = _of_guo(
     "HumanML3D",
     JOINT_NAMES,
@@ -256,7 +242,7 @@ KIT_ML = _of_guo(
     fps=12.5,
     item_frames=(24, 200),
     pairs=KIT_SKELETON.mirror_pairs,
-    _to_joints=_kit_to_joints,
+    _to_joints=lambda features: humanml3d.features_to_joints(features, humanml3d.KIT_LAYOUT),
     _from_joints=lambda joints, fps: humanml3d.joints_to_features(
         joints, fps=fps, layout=humanml3d.KIT_LAYOUT
     ),
