@@ -268,6 +268,139 @@ def prepare_amass(
     )
 
 
+@prepare.command(name="arrays")
+def prepare_arrays(
+    source: Positional[Path],
+    out: Positional[Path],
+    *,
+    captions: Path | None = None,
+    template: str | None = None,
+    key: str | None = None,
+    fps: float | None = None,
+    source_fps: float | None = None,
+    units: str | None = None,
+    up: Literal["x", "y", "z", "-x", "-y", "-z"] | None = None,
+    mirror: bool = False,
+    split: tuple[float, float, float] = (0.8, 0.05, 0.15),
+    target_offsets: Path | None = None,
+    min_frames: int | None = None,
+    max_frames: int | None = None,
+    long: Literal["cut", "refuse"] = "cut",
+    workers: int = 1,
+    strict: bool = False,
+    license: str = "",
+    overwrite: bool = False,
+) -> None:
+    """Read arrays of 22 joints, .npy or .npz of one clip or of many, and write them as a dataset.
+
+    Args:
+        source: the folder or one file.
+        out: the dataset folder to write.
+        captions: a CSV or JSON lines: name, caption or label[, start, end, split, fps]; NAME.txt without it.
+        template: makes captions of labels, "a person does {label}".
+        key: the array with the joints in every .npz; joints, positions or pos without it.
+        fps: frames a second of the dataset; 20 without it.
+        source_fps: of the arrays, where neither a .npz nor the table says it.
+        units: m, cm, mm or metres of one unit; found by the leg without it.
+        up: the axis that points up; found without it.
+        mirror: add a mirrored copy of every clip.
+        split: parts of train, val and test; where a clip goes is a function of its recording's name.
+        target_offsets: (22, 3) .npy of a skeleton whose bone lengths all clips take.
+        min_frames: shorter clips are refused; 2 s without it.
+        max_frames: clips of this many frames or more are cut or refused; 10 s without it.
+        long: what happens to these.
+        workers: processes; 0 means one per core.
+        strict: stop at the first refusal.
+        license: of the motions and captions, in words, for the manifest and model cards.
+        overwrite: replace an existing dataset.
+    """
+    from scamo.data.prepare.arrays import prepare_arrays
+
+    prepare_arrays(
+        source,
+        out,
+        captions=captions,
+        template=template,
+        key=key,
+        fps=fps,
+        source_fps=source_fps,
+        units=units,
+        up=up,
+        mirror=mirror,
+        split=split,
+        target_offsets=target_offsets,
+        min_frames=min_frames,
+        max_frames=max_frames,
+        long=long,
+        workers=workers,
+        strict=strict,
+        license=license,
+        overwrite=overwrite,
+    )
+
+
+@prepare.command(name="motionx")
+def prepare_motionx(
+    source: Positional[Path],
+    out: Positional[Path],
+    *,
+    model: Path,
+    fps: float | None = None,
+    mocap_fps: float | None = None,
+    up: Literal["x", "y", "z", "-x", "-y", "-z"] | None = None,
+    mirror: bool = False,
+    split: tuple[float, float, float] = (0.8, 0.05, 0.15),
+    target_offsets: Path | None = None,
+    min_frames: int | None = None,
+    max_frames: int | None = None,
+    long: Literal["cut", "refuse"] = "cut",
+    workers: int = 1,
+    strict: bool = False,
+    license: str = "",
+    overwrite: bool = False,
+) -> None:
+    """Read Motion-X's SMPL-X poses: joints by forward kinematics, no mesh is skinned.
+
+    Args:
+        source: the folder, with motion_data/smplx_322/ and texts/semantic_labels/.
+        out: the dataset folder to write.
+        model: your SMPL-X, SMPLX_NEUTRAL.npz.
+        fps: frames a second of the dataset; 20 without it.
+        mocap_fps: of the subsets humanml, GRAB and EgoBody, whatever your conversion wrote; others have 30.
+        up: the axis that points up; found for every subset without it.
+        mirror: add a mirrored copy of every clip that the folder has none of.
+        split: parts of train, val and test; where a clip goes is a function of its recording's name.
+        target_offsets: (22, 3) .npy of a skeleton whose bone lengths all clips take.
+        min_frames: shorter clips are refused; 2 s without it.
+        max_frames: clips of this many frames or more are cut or refused; 10 s without it.
+        long: what happens to these.
+        workers: processes; 0 means one per core.
+        strict: stop at the first refusal.
+        license: of the motions and captions, in words, for the manifest and model cards.
+        overwrite: replace an existing dataset.
+    """
+    from scamo.data.prepare.motionx import prepare_motionx
+
+    prepare_motionx(
+        source,
+        out,
+        model=model,
+        fps=fps,
+        mocap_fps=mocap_fps,
+        up=up,
+        mirror=mirror,
+        split=split,
+        target_offsets=target_offsets,
+        min_frames=min_frames,
+        max_frames=max_frames,
+        long=long,
+        workers=workers,
+        strict=strict,
+        license=license,
+        overwrite=overwrite,
+    )
+
+
 @prepare.command(name="motionmillion")
 def prepare_motionmillion(
     source: Positional[Path],
@@ -603,6 +736,30 @@ def plan(
         micro_batch_tokens=micro_batch_tokens,
     )
     print(dumps(as_dict(made), indent=2) if json else as_text(made))
+
+
+@scaling.command(name="run")
+def scaling_run(
+    config: Positional[Path],
+    *,
+    set: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")]] = (),
+    dry_run: bool = False,
+) -> None:
+    """Train a grid of model sizes, vocabularies and compute budgets; the same command goes on after a stop.
+
+    Exit status 1 if a run failed; the others are made all the same.
+
+    Args:
+        config: the TOML of the grid, as configs/scaling_cpu.toml.
+        set: override a key of the config; may be repeated.
+        dry_run: only print the runs, their steps and what they spend.
+    """
+    from scamo.scaling.grid import run_grid
+
+    failed = run_grid(config, overrides=set, dry_run=dry_run)
+    if failed:
+        print(f"scamo: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
 
 
 @scaling.command(name="fit")
@@ -1395,7 +1552,7 @@ app.command(data, name="data", help="Look into a dataset.")
 app.command(tokenizer, name="tokenizer", help="Train, evaluate and apply the motion tokenizer.")
 app.command(evaluator, name="evaluator", help="Train and judge the networks that metrics rest on.")
 app.command(importers, name="import", help="Convert published checkpoints.")
-app.command(scaling, name="scaling", help="Scaling laws: fit them to runs, predict from them.")
+app.command(scaling, name="scaling", help="Scaling laws: runs of a grid, fits and predictions.")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path, PurePath
@@ -29,7 +29,7 @@ from scamo.motion.hierarchy import Animation, Hierarchy
 from scamo.motion.joint_maps import JointMap
 from scamo.motion.representation import HUMANML3D, SMPL_272, Representation
 from scamo.motion.retarget import Retargeted, retarget
-from scamo.motion.skeleton import N_JOINTS, mirror_joints, swap_sides
+from scamo.motion.skeleton import JOINT_NAMES, N_JOINTS, mirror_joints, swap_sides
 
 # What names end in that come from one recording: variants of a clip, and Motion-X's clips of a video and the
 # people of an EgoBody recording.
@@ -41,6 +41,8 @@ COLUMNS = ("name", "caption", "label", "start", "end", "split", "fps")
 # Rotations that put a bone farther off contradict its position: an export by them would visibly differ.
 AGREE_M = 0.01
 _PROBED_FRAMES = 32
+_HEAD = JOINT_NAMES.index("head")
+_ANKLES = [JOINT_NAMES.index("left_ankle"), JOINT_NAMES.index("right_ankle")]
 
 
 class Refusal(Exception):
@@ -121,6 +123,12 @@ def unmirrored(name: str) -> str:
     """The original of a mirrored copy by its name, "a/000001" of "a/M000001"; "" of what cannot be one."""
     folder, slash, last = name.rpartition("/")
     return f"{folder}{slash}{last[1:]}" if last.startswith("M") and len(last) > 1 else ""
+
+
+def mirrored_name(name: str) -> str:
+    """That of a clip's mirrored copy: `unmirrored` the other way round."""
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}M{last}"
 
 
 def swapped(captions: list[Caption]) -> list[Caption]:
@@ -312,9 +320,14 @@ class CaptionTable:
                 return self._entries[key]
         return Entry()
 
-    def unused(self) -> list[tuple[str, Entry]]:
-        """Names that are no motion's."""
-        return [(name, entry) for name, entry in self._entries.items() if not entry.used]
+    def refuse_rest(self, writer: Clips) -> None:
+        """Put the faults, and the names that are no motion's once all were asked for, into the report."""
+        for number, line, reason in self.faults:
+            writer.refuse(f"line {number}", reason, kind="caption", detail=line)
+        for name, entry in self._entries.items():
+            if not entry.used:
+                detail = f"line {entry.line}"
+                writer.refuse(name, "captions without a motion", kind="caption", detail=detail)
 
 
 def described_by(
@@ -368,6 +381,30 @@ def checked_split(split: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(part) for part in split)
 
 
+def checked_limits(
+    kind: Representation, fps: float, min_frames: int | None, max_frames: int | None
+) -> tuple[int, int]:
+    """Frames of the shortest clip and of the shortest that is too long; None: as the features' protocol has
+    them, at this rate. ScaMoError unless 0 < min < max."""
+    given = (min_frames, max_frames)
+    shortest, longest = (
+        round(frames * fps / kind.fps) if limit is None else limit
+        for frames, limit in zip(kind.item_frames, given, strict=True)
+    )
+    if not 0 < shortest < longest:
+        raise ScaMoError(f"min_frames = {shortest}, max_frames = {longest}: expected 0 < min < max")
+    return shortest, longest
+
+
+def names_of(motions: Sequence[PurePath]) -> list[str]:
+    """The stems of motions in a source folder; with their folders where stems are not unique."""
+    counts = Counter(motion.stem for motion in motions)
+    return [
+        as_text(motion.stem if counts[motion.stem] == 1 else "_".join(motion.with_suffix("").parts))
+        for motion in motions
+    ]
+
+
 def splits_by_name(keys: list[str], parts: tuple[float, ...]) -> dict[str, str]:
     """The split of every key, from its name alone; but something is always in train."""
     places = {
@@ -411,6 +448,23 @@ def resampled_joints(joints: NDArray, fps: float, to: float, body: Representatio
     return places
 
 
+def common_up(clips: Iterable[NDArray]) -> str:
+    """The axis along which most bodies stand: of joints (T, 22, 3), some of which may lie or tumble.
+
+    It is asked of a whole source: that of one clip might be of one who lies. ScaMoError if there is none.
+    """
+    above = []
+    for joints in clips:
+        body = np.asarray(joints, dtype=np.float64)
+        up = (body[:, _HEAD] - body[:, _ANKLES].mean(1)).mean(0)
+        above.append(up / max(float(np.linalg.norm(up)), 1e-12))
+    mean = np.mean(above, axis=0) if above else np.zeros(3)
+    axis = int(np.abs(mean).argmax())
+    if not abs(mean[axis]) > 0.5:
+        raise ScaMoError("up: the bodies stand along no common axis; give the up axis")
+    return ("" if mean[axis] > 0 else "-") + "xyz"[axis]
+
+
 def body_of(animation: Animation, joint_map: JointMap | None, settings: dict[str, Any]) -> Retargeted:
     """`retarget` with these settings; Refusal where it cannot be, or what moves is no body."""
     try:
@@ -452,6 +506,41 @@ def cut_at_captions(
     return pieces, wrong
 
 
+def add_body(
+    out: Clips,
+    name: str,
+    split: str,
+    body: Retargeted,
+    captions: list[Caption],
+    meta: dict[str, Any],
+    max_frames: int,
+    cut: bool,
+    offsets: NDArray[np.float64] | None,
+    mirror: bool,
+    rotations: bool = False,
+) -> None:
+    """A body's clip, and its mirrored copy, into a dataset: where it has max_frames or more and `cut`, its
+    pieces by `cut_at_captions`. rotations: 272 features with the body's own, else the 263.
+
+    Refusal where no caption fits the clip.
+    """
+    for note in body.notes:
+        out.note(name, note, split=split)
+    meta = meta | {"metres_a_unit": body.metres_a_unit, "up": body.up}
+    # 263 features of T frames are T - 1.
+    frames = len(body.joints) - (0 if rotations else 1)
+    pieces, cut = [(0, frames, captions)], cut and frames >= max_frames
+    if cut:
+        pieces, wrong = cut_at_captions(frames, captions, body.fps, max_frames)
+        for detail in wrong:
+            out.refuse(name, "bad time tags", split=split, kind="caption", detail=detail)
+        if not pieces:
+            raise Refusal("no usable caption", f"{len(captions)} captions in all")
+    turned = body.rotations if rotations else None
+    for piece in pieces:
+        add_piece(out, name, split, body.joints, body.fps, piece, cut, offsets, mirror, meta, turned)
+
+
 def add_piece(
     writer: Clips,
     name: str,
@@ -482,12 +571,12 @@ def add_piece(
         writer.add_clip(name, features, split, captions, meta, contradictions(features, SMPL_272))
         if mirror:
             copy = SMPL_272.mirrored(features)
-            writer.add_clip(f"M{name}", copy, split, swapped(captions), meta | {"mirrored": True})
+            writer.add_clip(mirrored_name(name), copy, split, swapped(captions), meta | {"mirrored": True})
         return
     joints = joints[start : end + 1]
     for mirrored in (False, True) if mirror else (False,):
         if mirrored:
-            name, joints = f"M{name}", mirror_joints(joints)
+            name, joints = mirrored_name(name), mirror_joints(joints)
             captions = swapped(captions)
         try:
             features = joints_to_features(joints, target_offsets=offsets, fps=fps)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,12 +20,13 @@ from scamo.data.prepare.layout import (
     CaptionTable,
     Entry,
     Refusal,
-    add_piece,
+    add_body,
     as_text,
     body_of,
+    checked_limits,
     checked_split,
-    cut_at_captions,
     described_by,
+    names_of,
     read_offsets,
     splits_by_name,
 )
@@ -133,11 +133,7 @@ def prepare_mocap(
     for name, value in (("fps", fps), ("source_fps", source_fps)):
         if value is not None and not 0 < value < math.inf:
             raise ScaMoError(f"{name} = {value}: expected a positive number")
-    shortest, longest = (round(frames * fps / kind.fps) for frames in kind.item_frames)
-    min_frames = shortest if min_frames is None else min_frames
-    max_frames = longest if max_frames is None else max_frames
-    if not 0 < min_frames < max_frames:
-        raise ScaMoError(f"min_frames = {min_frames}, max_frames = {max_frames}: expected 0 < min < max")
+    min_frames, max_frames = checked_limits(kind, fps, min_frames, max_frames)
     settings: dict[str, Any] = {
         "fps": fps,
         "units": None if units is None else unit_of(units),
@@ -147,8 +143,9 @@ def prepare_mocap(
     if joint_map is not None and not isinstance(joint_map, JointMap):
         joint_map = JointMap.load(joint_map)
     offsets = None if target_offsets is None else read_offsets(Path(target_offsets))
-    names = _names(source, files)
-    table = None if captions is None else CaptionTable(Path(captions), [p.relative_to(source) for p in files])
+    places = [path.relative_to(source) for path in files]
+    names = names_of(places)
+    table = None if captions is None else CaptionTable(Path(captions), places)
     splits = splits_by_name([_subject(n) if split_by == "subject" else n for n in names], parts)
     provenance = {
         "source": "mocap",
@@ -170,8 +167,7 @@ def prepare_mocap(
         "long": long,
     }
     pieces = []
-    for path, name in zip(files, names, strict=True):
-        within = path.relative_to(source)
+    for within, name in zip(places, names, strict=True):
         where = splits[_subject(name) if split_by == "subject" else name]
         pieces.append(_File(str(within), name, where, table.of(within) if table else Entry()))
     maker = _Maker(
@@ -202,11 +198,8 @@ def prepare_mocap(
             "target_offsets": None if offsets is None else offsets.tolist(),
         },
     ) as writer:
-        for number, line, reason in table.faults if table else []:
-            writer.refuse(f"line {number}", reason, kind="caption", detail=line)
-        for entry_name, entry in table.unused() if table else []:
-            detail = f"line {entry.line}"
-            writer.refuse(entry_name, "captions without a motion", kind="caption", detail=detail)
+        if table is not None:
+            table.refuse_rest(writer)
         write_pieces(
             writer,
             pieces,
@@ -257,38 +250,24 @@ class _Maker:
             described = described_by(file.entry, beside, self.template, path.stem, name, split, out)
             animation = _read(path, file.entry.fps or self.source_fps, self.skeletons)
             body = body_of(animation, self.joint_map, self.settings)
-            for note in body.notes:
-                out.note(name, note, split=split)
             meta = {
                 "file": as_text(Path(file.path).as_posix()),
                 "joint_map": body.joint_map,
                 "source_fps": animation.fps,
-                "metres_a_unit": body.metres_a_unit,
-                "up": body.up,
             }
-            # 263 features of T frames are T - 1.
-            frames = len(body.joints) - (0 if self.rotations else 1)
-            pieces, cut = [(0, frames, described)], self.long == "cut" and frames >= self.max_frames
-            if cut:
-                pieces, wrong = cut_at_captions(frames, described, self.settings["fps"], self.max_frames)
-                for detail in wrong:
-                    out.refuse(name, "bad time tags", split=split, kind="caption", detail=detail)
-                if not pieces:
-                    raise Refusal("no usable caption", f"{len(described)} captions in all")
-            for piece in pieces:
-                add_piece(
-                    out,
-                    name,
-                    split,
-                    body.joints,
-                    body.fps,
-                    piece,
-                    cut,
-                    self.offsets,
-                    self.mirror,
-                    meta,
-                    body.rotations if self.rotations else None,
-                )
+            add_body(
+                out,
+                name,
+                split,
+                body,
+                described,
+                meta,
+                self.max_frames,
+                self.long == "cut",
+                self.offsets,
+                self.mirror,
+                self.rotations,
+            )
         except Refusal as refusal:
             out.refuse(name, refusal.reason, split=split, detail=refusal.detail)
 
@@ -300,17 +279,6 @@ def _files(source: Path) -> list[Path]:
     if not files:
         raise ScaMoError(f"{source}: holds no file with one of the suffixes {', '.join(SUFFIXES)}")
     return files
-
-
-def _names(source: Path, files: list[Path]) -> list[str]:
-    """The files' stems; with their folders where stems are not unique."""
-    counts = Counter(path.stem for path in files)
-    return [
-        as_text(
-            path.stem if counts[path.stem] == 1 else "_".join(path.relative_to(source).with_suffix("").parts)
-        )
-        for path in files
-    ]
 
 
 def _subject(name: str) -> str:
