@@ -1006,7 +1006,7 @@ def timeline(
         min_p: sample among the tokens that are at least this much as likely as the likeliest.
         greedy: take the likeliest token every time.
         guidance: above 1, classifier-free guidance; for models trained with training.drop_text.
-        context: tokens of the past that a sentence begins with; 1 without.
+        context: tokens of the past that a sentence begins with; 0 without.
         window: tokens that the model sees at a time while a sentence of given seconds goes on; 16 without.
         foot_lock: pin the feet while they stand.
         smooth: low-pass filter of this many Hz.

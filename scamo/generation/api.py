@@ -245,11 +245,11 @@ class ScaMo:
     ) -> Motion | list[Motion]:
         """Generate one motion that does what several sentences say, one after the other, of any length.
 
-        Each part goes on from the end of the one before: the model sees its sentence and `context` tokens, as
-        if they were the motion's first. A part of more than `window` tokens goes on in the same way from its
-        own last half window. All tokens are decoded in one row, so that nothing shows where they meet. The
-        same seed gives the same motion, with `samples` or without; a single part of a window or less, or
-        until EOS, is what `generate` gives.
+        The model sees a part's sentence and the last `context` tokens of what is before it, as if they were
+        the motion's first. A part of more than two `window`s goes on in the same way from its own last half
+        window. All tokens are decoded in one row, so that nothing shows where they meet. The same seed gives
+        the same motion, with `samples` or without; a single part of two windows or less, or until EOS, is
+        what `generate` gives.
 
         Args:
             parts: sentences with their seconds, [("a person walks forward", 4.0), ("a person sits", None)],
@@ -259,8 +259,8 @@ class ScaMo:
                 rate, one token long at least. It stays as it is where it stands; see `continue_motion`.
             seed: of all parts.
             samples: make so many, of other noise each; the first is the one without `samples`.
-            context: tokens of the past that a part sees, 1 without. More follows the past more closely, and
-                the sentence less.
+            context: tokens of the past that a part sees, 0 without: its beginning knows nothing of the past,
+                and decoding joins them. More follows the past more closely, and the sentence less.
             window: tokens that the model sees at a time while a sentence of given seconds goes on, 2 to
                 config.max_motion, 16 without. A model brings its motion to an end where those that it was
                 trained on end: take less than these have.

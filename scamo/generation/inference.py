@@ -45,10 +45,11 @@ def _make_twin(model: PrefixLM) -> PrefixLM:
         block.qkv = cast(ToHeads, _ToHeads(block.qkv))
         block.out = cast(FromHeads, _FromHeads(block.out))
         block.gate_up = cast(Linear, _Product(block.gate_up))
-        block.down = cast(Linear, _Product(block.down))
-        if not block.down.weight.is_cuda:
+        down = _Product(block.down)
+        block.down = cast(Linear, down)
+        if not down.weight.is_cuda:
             block.norm_1, block.norm_2 = (cast(RMSNorm, _Norm(n)) for n in (block.norm_1, block.norm_2))
-        if block.down.packed is not None and block.down.weight.dtype == torch.float32:
+        if down.packed is not None and down.weight.dtype == torch.float32:
             twin.blocks[index] = _Block(block)
     twin.head = cast(Head, _Logits(twin.head))
     return twin

@@ -1,8 +1,9 @@
 """Beyond one window of the model: timelines of sentences, continuation of a motion, in-betweening.
 
 The model knows config.max_motion tokens behind a text. What is longer is made in windows: the last tokens of
-what there is stand behind the text as if they were the motion's first, and the window goes on from them. All
-tokens are decoded in one row at the end, so that the frames at the seams are made as all others are.
+what there is stand behind the text as if they were the motion's first, and the window goes on from them; a
+new sentence begins without them, if not asked otherwise. All tokens are decoded in one row at the end, so
+that the frames at the seams are made as all others are.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from scamo.motion.representation import Representation
 from scamo.tokenizers.autoencoder import MotionAutoencoder
 from scamo.tokenizers.encode import decode_tokens, encode_motions
 
-# Tokens of the past that a new sentence goes on from: with more the model goes on with what was done.
-CONTEXT = 1
+# Tokens of the past that a new sentence sees. With one or more the model goes on with what was done, and less
+# with the sentence; without, what decodes all tokens in one row joins the poses, no faster than people move.
+CONTEXT = 0
 # Tokens that the model sees while a sentence goes on: near its clips' length it brings motions to an end.
 WINDOW = 16
 # Nats a token that a candidate for a gap loses for every metre by which it ends off the place.

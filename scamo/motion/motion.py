@@ -57,6 +57,9 @@ class Motion:
             if len(found) != 2 or found[0] != len(self):
                 expected = f"({len(self)}, features), as many frames as the joints"
                 raise ScaMoError(f"features: expected shape {expected}, got {found}")
+            bad = np.argwhere(~np.isfinite(self.features))
+            if len(bad):
+                raise ScaMoError(f"features: frame {bad[0][0]}, feature {bad[0][1]} is not finite")
             representation = Representation.of(found[1])
             if representation.n_joints != len(body):
                 of = f"{found[1]} are of {representation.n_joints} joints"

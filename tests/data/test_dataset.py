@@ -314,19 +314,19 @@ def test_a_value_that_is_not_finite_is_found_in_its_clip(tmp_path, monkeypatch):
     write_small(tmp_path / "set")
     monkeypatch.setattr(storage, "CHUNK_BYTES", 7 * 4 * WIDTH)
     path = tmp_path / "set/features.npy"
-    for row, clip in ((0, 0), (19, 0), (20, 1), (134, 5)):
+    record = MotionDataset.open(tmp_path / "set").manifest["files"]["features.npy"]
+    for row in (0, 6, 7, 134):
         data = bytearray(path.read_bytes())
         at = storage.HEADER_BYTES + 4 * (row * WIDTH + WIDTH - 1)
         data[at : at + 4] = np.float32(np.nan).tobytes()
         (tmp_path / "bad.npy").write_bytes(data)
-        record = MotionDataset.open(tmp_path / "set").manifest["files"]["features.npy"]
         assert storage.not_finite(tmp_path / "bad.npy", record) == row
         assert storage.not_finite(path, record) is None
     path.write_bytes(data)
     edit_manifest(
         tmp_path / "set", lambda m: m["files"].update({"features.npy": record | storage.file_record(path)})
     )
-    with pytest.raises(ScaMoError, match=f"features.npy: clip {clip} is not finite"):
+    with pytest.raises(ScaMoError, match=r"features\.npy: clip 5 is not finite"):
         MotionDataset.open(tmp_path / "set", verify="full")
 
 

@@ -264,3 +264,14 @@ def test_a_cuda_graph_gives_the_tokens_of_eager_steps(make_model, requests, slot
         assert together(model, requests, sampling, slots=slots, guidance=guidance) == eager
         cpu = make_model(replace(CONFIG, width=64))
         assert together(cpu, requests, sampling, slots=slots, guidance=guidance) == eager
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_cuda_graph_gives_the_tokens_of_eager_steps_behind_a_start(make_model, started, guidance):
+    model = make_model(replace(CONFIG, width=64)).to("cuda")
+    found = []
+    for fixed in (True, False):
+        engine = Engine(model, SAMPLING, slots=4, capacity=23, guidance=guidance, fixed=fixed)
+        found.append({ticket: tokens.tolist() for ticket, tokens in collect(engine.run(started))})
+    assert found[0] == found[1]

@@ -127,6 +127,38 @@ def test_the_logged_numbers_are_those_of_the_plan_and_of_the_model(folder, one_r
     assert last["l_u"] == pytest.approx(expected, abs=2e-2)
 
 
+def test_the_folder_to_give_away_generates_the_same_motion(one_rank, tmp_path):
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from scamo.generation.api import ScaMo
+    from scamo.generation.export import publish
+
+    encoder, words = tmp_path / "encoder", {"<unk>": 0, "</s>": 1, "walks": 2}
+    torch.manual_seed(0)
+    bert = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=TEXT_WIDTH, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16,
+    )  # fmt: skip
+    transformers.BertModel(bert).save_pretrained(encoder)
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="<unk>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(encoder)
+
+    run, out = one_rank[1], tmp_path / "model"
+    assert any("licence" in warning for warning in publish(run, out, text_encoder=str(encoder)))
+    loaded = ScaMo.load(out, "cpu")
+    own = ScaMo.load(run, "cpu", text_encoder=str(encoder))
+    motion, expected = (model.generate("a person walks", seed=1, min_tokens=5) for model in (loaded, own))
+    assert motion.tokens.tolist() == expected.tokens.tolist()
+    np.testing.assert_array_equal(motion.joints, expected.joints)
+    last = ScaMo.load(run, "cpu", text_encoder=str(encoder), ema=False)
+    assert not torch.equal(last.model.embedding.weight, own.model.embedding.weight), "not the average"
+
+
 @pytest.mark.slow
 def test_one_rank_with_accumulation_equals_two_ranks_bit_for_bit(one_rank, two_ranks):
     """Micro-batch j is the same on any number of ranks, and two float32 gradients add up in either order."""

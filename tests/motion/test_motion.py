@@ -69,6 +69,10 @@ def bad_joints():
         (lambda: Motion(np.zeros((22, 3))), r"joints: expected shape \(frames, 21, 22 or 24, 3\)"),
         (lambda: Motion(np.zeros((0, 22, 3))), r"joints: expected .* got \(0, 22, 3\)"),
         (lambda: Motion(bad_joints()), r"frame 4, joint 18 \(left_elbow\) is not finite"),
+        (
+            lambda: Motion(np.zeros((2, 22, 3)), features=np.full((2, 263), np.nan)),
+            "features: frame 0, feature 0 is not finite",
+        ),
         (lambda: Motion(walk(), fps=0), r"fps: expected a positive number, got 0"),
         (lambda: Motion(walk(9), features=np.zeros((8, 263))), r"features: expected shape \(9, features\)"),
         (lambda: Motion(walk(9), features=np.zeros((9, 251))), r"features: 251 are of 21 joints, .* has 22"),
