@@ -775,7 +775,7 @@ def scaling_fit(
 
     Args:
         runs: runs of train.py, or folders of them.
-        out: folder for fit.json, which `scamo scaling predict` reads, and table.md.
+        out: folder for fit.json, which `scamo scaling predict` reads, table.md, pictures and report.html.
         convention: FLOPs and parameters as counted here, or in the units of the paper's plots.
         draws: resamples of the runs, for 95% intervals.
         paper: the paper's own points instead: its laws refitted, under b + c = 1, and as printed.
@@ -800,7 +800,10 @@ def scaling_fit(
     for warning in fit.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if out is not None:
+        from scamo.scaling.report import write_report
+
         write_fit(fit, out)
+        write_report(fit, out)
     print(table(fit))
 
 
