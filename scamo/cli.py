@@ -369,7 +369,7 @@ def prepare_motionx(
         mocap_fps: of the subsets humanml, GRAB and EgoBody, whatever your conversion wrote; others have 30.
         up: the axis that points up; found for every subset without it.
         mirror: add a mirrored copy of every clip that the folder has none of.
-        split: parts of train, val and test; where a clip goes is a function of its recording's name.
+        split: parts of train, val and test, where the folder has no split lists.
         target_offsets: (22, 3) .npy of a skeleton whose bone lengths all clips take.
         min_frames: shorter clips are refused; 2 s without it.
         max_frames: clips of this many frames or more are cut or refused; 10 s without it.

@@ -4,13 +4,16 @@ import shutil
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from scamo.data.dataset import MotionDataset
 from scamo.data.prepare.humanml3d import prepare_humanml3d
 from scamo.data.prepare.layout import parse_caption
 from scamo.data.prepare.synthetic import prepare_synthetic
 from scamo.errors import ScaMoError
+from scamo.motion import features272
 from scamo.motion.features import features_to_joints, joints_to_features, offsets_from_joints
+from scamo.motion.representation import HUMANML3D, KIT_ML, SMPL_272
 from scamo.motion.skeleton import mirror_joints, swap_sides
 from scamo.motion.synthetic import Spec, corpus_clip
 
@@ -323,6 +326,184 @@ def test_a_folder_of_another_shape_is_named(tmp_path):
     with pytest.raises(ScaMoError, match=r"texts: no such folder; expected captions"):
         prepare_humanml3d(source, out, progress=False)
     assert not out.exists()
+
+
+def write(
+    root, vectors, arrays, *, texts="texts", captions="a man lifts his left arm\n", lists=None, where="."
+):
+    """A folder of arrays by name, one caption file each, and split lists."""
+    for name, array in arrays.items():
+        for path in (root / vectors / f"{name}.npy", root / texts / f"{name}.txt"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(root / vectors / f"{name}.npy", array)
+        (root / texts / f"{name}.txt").write_text(captions)
+    for split, names in (lists or {}).items():
+        (root / where).mkdir(exist_ok=True)
+        (root / where / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+    return root
+
+
+# Joints of the 22 that stand where KIT-ML has its 21; a midfoot is between ankle and foot.
+KIT_OF_22 = [0, 3, 9, 12, 15, 17, 19, 21, 16, 18, 20, 2, 5, 8, 8, 11, 1, 4, 7, 7, 10]
+
+
+def kit_joints(index):
+    joints = corpus_clip(index).joints
+    found = joints[:, KIT_OF_22].copy()
+    for midfoot, foot in ((14, 15), (19, 20)):
+        found[:, midfoot] = (found[:, midfoot] + found[:, foot]) / 2
+    return found
+
+
+def test_kit_ml_as_published(tmp_path):
+    features = {f"0000{i}": KIT_ML.from_joints(kit_joints(i)) for i in (1, 2)}
+    stored = KIT_ML.mirrored(features["00002"]) + np.float32(0.001)
+    wrong = {"00003": joints_to_features(corpus_clip(0).joints)}
+    lists = {"train": ["00001", "M00001", "00003"], "val": ["00002", "M00002"], "test": [], "all": ["00001"]}
+    source = write(tmp_path / "KIT-ML", "new_joint_vecs", features | wrong, lists=lists)
+    np.save(source / "new_joint_vecs/M00002.npy", stored)
+    data = prepare_humanml3d(source, tmp_path / "set", progress=False)
+    assert (data.feature_dim, data.fps) == (251, 12.5)
+    assert [data.manifest["provenance"][key] for key in ("features", "min_frames", "max_frames")] == [
+        "KIT-ML",
+        24,
+        200,
+    ]
+    assert data.clip_names == ["00001", "M00001", "00002", "M00002"]
+    expected = [features["00001"], KIT_ML.mirrored(features["00001"]), features["00002"], stored]
+    for clip, array in enumerate(expected):
+        np.testing.assert_array_equal(data.clip_features(clip), array)
+    assert data.clip_meta(1) == {"from": "new_joint_vecs, mirrored"}
+    assert data.caption(1) == "a man lifts his right arm"
+    (refused,) = data.refused
+    assert (refused["name"], refused["reason"]) == ("00003", "wrong shape")
+    assert "00003.npy" in refused["detail"]
+    assert "expected float [frames, 251]" in refused["detail"]
+
+
+def test_kit_joints_are_millimetres(tmp_path):
+    arrays = {name: 1000 * kit_joints(index) for name, index in (("a", 1), ("b", 2))}
+    source = write(tmp_path / "kit", "new_joints", arrays, lists={"train": ["a", "Mb"]})
+    data = prepare_humanml3d(source, tmp_path / "set", progress=False)
+    assert data.manifest["provenance"]["metres_a_unit"] == 0.001
+    expected = KIT_ML.from_joints(kit_joints(1))
+    np.testing.assert_allclose(data.clip_features(0), expected, rtol=1e-4, atol=0.02)  # mm
+    expected = KIT_ML.mirrored(KIT_ML.from_joints(kit_joints(2)))
+    np.testing.assert_allclose(data.clip_features(1), expected, rtol=1e-4, atol=0.02)
+    told = prepare_humanml3d(source, tmp_path / "told", units="mm", progress=False)
+    np.testing.assert_array_equal(told.clip_features(0), data.clip_features(0))
+
+
+def test_the_272_features_of_motionstreamer(tmp_path):
+    features = {f"00000{i}": features272.encode(corpus_clip(i).joints, fps=30).features for i in (1, 2)}
+    lists = {"train": ["000001"], "val": ["M000002"]}
+    source = write(tmp_path / "humanml3d_272", "motion_data", features, lists=lists, where="split")
+    data = prepare_humanml3d(source, tmp_path / "set", min_frames=20, progress=False)
+    assert (data.feature_dim, data.fps, data.clip_splits) == (272, 30, ["train", "val"])
+    np.testing.assert_array_equal(data.clip_features(0), features["000001"])
+    np.testing.assert_array_equal(data.clip_features(1), SMPL_272.mirrored(features["000002"]))
+    with pytest.raises(ScaMoError, match="source_fps = 60: 272 features cannot be resampled"):
+        prepare_humanml3d(source, tmp_path / "other", source_fps=60, progress=False)
+
+
+def smooth(frames, fps):
+    """One pose that glides along an arc and sways, as a function of time."""
+    t = np.arange(frames) / fps
+    turns = Rotation.from_euler("YZ", np.stack([0.3 * t, 0.1 * np.sin(2 * t)], axis=-1))
+    places = np.einsum("tij,kj->tki", turns.as_matrix(), corpus_clip(0).joints[0])
+    return places + (np.stack([0.4 * t, 0.05 * np.sin(3 * t), 0 * t], axis=-1))[:, None]
+
+
+def test_motion_x_in_263_features(tmp_path):
+    """Folders below folders, plain sentences, 30 fps, no split lists."""
+    names = [f"fitness/subset_0/Jump_clip_{i}" for i in range(1, 9)]
+    names += [
+        "humanml/000001",
+        "humanml/M000001",
+        "EgoBody/r_01/body_idx_0/000",
+        "EgoBody/r_01/body_idx_1/003",
+    ]
+    arrays = {name: joints_to_features(smooth(91, 30), fps=30) for name in names}
+    source = write(tmp_path / "MotionX", "vector_263", arrays, texts="texts/semantic_labels")
+    with pytest.raises(ScaMoError, match="source_fps: Motion-X's files in vector_263/ have 30"):
+        prepare_humanml3d(source, tmp_path / "set", progress=False)
+
+    kept = prepare_humanml3d(source, tmp_path / "kept", fps=30, progress=False)
+    assert (kept.fps, kept.clip_names, kept.manifest["provenance"]["min_frames"]) == (30, sorted(names), 60)
+    np.testing.assert_array_equal(kept.clip_features(0), arrays[sorted(names)[0]])
+    splits = dict(zip(kept.clip_names, kept.clip_splits, strict=True))
+    assert len({splits[name] for name in names[:8]}) == 1
+    assert splits["humanml/000001"] == splits["humanml/M000001"]
+    assert len({splits[name] for name in names[10:]}) == 1
+
+    data = prepare_humanml3d(source, tmp_path / "set", source_fps=30, progress=False)
+    assert (data.fps, data.n_clips, data.refused) == (20, 12, [])
+    expected = joints_to_features(smooth(61, 20))
+    found = data.clip_features(0)
+    assert len(found) in (len(expected), len(expected) - 1)  # the last frame of joints is not in the features
+    error = features_to_joints(found) - features_to_joints(expected[: len(found)])
+    assert np.abs(error).max() < 0.003
+
+
+def test_split_lists_with_folders(tmp_path):
+    arrays = {name: joints_to_features(corpus_clip(0).joints) for name in ("a/b/x_1", "humanml/000001")}
+    lists = {"train": ["humanml/000001", "humanml/M000001"], "test": ["a/b/x_1"]}
+    source = write(tmp_path / "source", "motion_data/vector_263", arrays, lists=lists)
+    data = prepare_humanml3d(source, tmp_path / "set", source_fps=20, progress=False)
+    assert list(zip(data.clip_names, data.clip_splits, strict=True)) == [
+        ("humanml/000001", "train"),
+        ("humanml/M000001", "train"),
+        ("a/b/x_1", "test"),
+    ]
+    np.testing.assert_array_equal(data.clip_features(1), HUMANML3D.mirrored(data.clip_features(0)))
+    assert data.caption(1) == "a man lifts his right arm"
+
+
+def test_of_a_whole_body_the_first_22_joints_are_read(tmp_path):
+    features = joints_to_features(corpus_clip(0).joints)
+    hands = np.full((len(features), 30 * 6), 7, np.float32)
+    cuts = np.split(features, [67, 193, 259], axis=1)
+    parts = [cuts[0], hands[:, :90], cuts[1], hands, cuts[2], hands[:, :90], cuts[3]]
+    whole = np.concatenate(parts, axis=1)
+    assert whole.shape[1] == 623
+    source = write(tmp_path / "tomato", "new_joint_vecs", {"a": whole}, lists={"train": ["a"]})
+    data = prepare_humanml3d(source, tmp_path / "set", progress=False)
+    np.testing.assert_array_equal(data.clip_features(0), features)
+
+
+def test_a_set_of_humanml3ds_shape_with_other_names(tmp_path):
+    """As CombatMotion has it, which its authors processed to HumanML3D's form."""
+    arrays = {f"CMP00000{i}": joints_to_features(corpus_clip(i).joints) for i in (1, 2)}
+    text = "a man attacks,swiftly#a/DET man/NOUN attack/VERB#0.0#0.0\nhe strikes left#he/PRON#0.0#0.0\n"
+    lists = {"train": ["CMP000001", "MCMP000001"], "val": ["CMP000002"], "test": []}
+    source = write(tmp_path / "CMP", "new_joint_vecs", arrays, captions=text, lists=lists)
+    data = prepare_humanml3d(source, tmp_path / "set", progress=False)
+    assert (data.clip_names, data.refused) == (["CMP000001", "MCMP000001", "CMP000002"], [])
+    assert [data.caption(int(c)) for c in data.captions_of(1)] == [
+        "a man attacks,swiftly",
+        "he strikes right",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("array", "options", "message"),
+    [
+        (np.zeros((60, 100), np.float32), {}, r"new_joint_vecs: feature_dim = 100: expected one of 263"),
+        (np.zeros((60, 17, 3), np.float32), {}, r"joints: arrays of 17 joints, expected 22 or KIT-ML's 21"),
+        (200 * corpus_clip(0).joints, {}, "in none of m, cm, mm; give the unit"),
+        (corpus_clip(0).joints, {"fps": 0}, "fps = 0: expected a positive number"),
+        (corpus_clip(0).joints, {"split": (1, 1, 1)}, "parts of train, val and test"),
+        (corpus_clip(0).joints, {"strict": True}, "a: too short"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, array, options, message):
+    folder = "joints" if array.ndim == 3 else "new_joint_vecs"
+    source = write(tmp_path / "source", folder, {"a": array, "b": array}, lists={"train": ["a", "b"]})
+    if options.get("strict"):
+        np.save(source / folder / "a.npy", array[:5])
+    with pytest.raises(ScaMoError, match=message):
+        prepare_humanml3d(source, tmp_path / "set", progress=False, **options)
+    assert not (tmp_path / "set").exists()
 
 
 @pytest.fixture(scope="module")

@@ -116,6 +116,21 @@ def test_subsets_made_by_the_user_need_their_rate(folder):
     np.testing.assert_allclose(data.clip_features(index), expected, rtol=0, atol=2e-4)
 
 
+def test_the_split_lists_decide(folder):
+    add(folder, "idea400/not_listed", poses())
+    (folder / "train.txt").write_text("idea400/subset_0/Wave_clip_1\nhumanml/M000001\n")
+    (folder / "test.txt").write_text("kungfu/subset_1/x_clip1\n")
+    data = run(folder)  # nothing of humanml is there, so that its rate does not matter
+    assert list(zip(data.clip_names, data.clip_splits, strict=True)) == [
+        ("idea400/subset_0/Wave_clip_1", "train"),
+        ("kungfu/subset_1/x_clip1", "test"),
+    ]
+    assert [(r["name"], r["reason"]) for r in data.refused] == [("humanml/M000001", "caption file missing")]
+    (folder / "train.txt").write_text("../../secret\n")
+    with pytest.raises(ScaMoError, match=r"train\.txt: '\.\./\.\./secret' is not a plain name"):
+        run(folder, "other")
+
+
 def test_what_is_wrong_is_listed(folder):
     nan = poses()
     nan[5, 310] = np.nan

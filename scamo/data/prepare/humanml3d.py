@@ -27,16 +27,13 @@ from numpy.typing import NDArray
 from scamo.data.dataset import Clips, DatasetWriter, MotionDataset
 from scamo.data.prepare.layout import (
     Refusal,
-    as_text,
     check_texts,
     checked_split,
-    has_split_lists,
+    clips_of,
     load_array,
     read_captions,
     read_offsets,
     resampled_joints,
-    split_lists,
-    splits_by_source,
     uniform_features,
     unmirrored,
 )
@@ -151,7 +148,7 @@ def prepare_humanml3d(
     source = Path(source)
     texts = _texts(source)
     vectors, joints = _folders(source)
-    names = _names(source, vectors or joints[0], checked_split(split))
+    names = clips_of(source, vectors or joints[0], checked_split(split))
     found, metres_a_unit = _kind(source, vectors, joints, names, units)
     if found not in OF_JOINTS.values():
         joints = ()
@@ -356,25 +353,6 @@ def _folders(source: Path) -> tuple[str | None, tuple[str, ...]]:
     if vectors is None and not joints:
         raise ScaMoError(f"{source}: has none of {', '.join(f'{name}/' for name in (*VECTORS, *JOINTS))}")
     return vectors, joints
-
-
-def _names(source: Path, motions: str, parts: tuple[float, ...]) -> list[tuple[str, str]]:
-    """(split, name) of every clip: of the split lists, or of every file."""
-    lists = next((folder for folder in (source, source / "split") if has_split_lists(folder)), None)
-    if lists is None:
-        folder = source / motions
-        files = sorted(path.relative_to(folder).with_suffix("") for path in folder.rglob("*.npy"))
-        named = [as_text(path.as_posix()) for path in files]
-        if not named:
-            raise ScaMoError(f"{folder}: holds no .npy")
-        return list(zip(splits_by_source(named, parts), named, strict=True))
-    names = [(split, name) for split, name, _ in split_lists(lists)]
-    for split, name in names:
-        if "\\" in name or any(part.startswith(".") or not part for part in name.split("/")):
-            raise ScaMoError(f"{lists / split}.txt: {name!r} is not a plain name")
-    if not names:
-        raise ScaMoError(f"{lists}: the split lists name no clip")
-    return names
 
 
 def _spread(names: list[tuple[str, str]]) -> Iterator[str]:

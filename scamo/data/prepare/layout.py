@@ -177,11 +177,6 @@ def check_texts(folder: Path) -> None:
         raise ScaMoError(f"{folder / 'texts'}: no such folder; expected captions as texts/NAME.txt")
 
 
-def has_split_lists(folder: Path) -> bool:
-    """Whether there is one of train.txt, val.txt, test.txt."""
-    return any((folder / f"{split}.txt").is_file() for split in SPLITS)
-
-
 def split_lists(folder: Path) -> Iterator[tuple[str, str, str]]:
     """(split, name, file and line) of train.txt, val.txt, test.txt; ScaMoError where train.txt is missing."""
     for split in SPLITS:
@@ -426,6 +421,30 @@ def splits_by_source(names: Sequence[str], parts: tuple[float, ...]) -> list[str
     keys = [family(name, {}, known, OF_A_SOURCE) for name in names]
     splits = splits_by_name(keys, parts)
     return [splits[key] for key in keys]
+
+
+def clips_of(source: Path, motions: str, parts: tuple[float, ...]) -> list[tuple[str, str]]:
+    """(split, name) of every clip: of the split lists, or of every .npy in a folder, shared out.
+
+    The lists are those of the source folder or its split/. A name may have folders. ScaMoError for one that
+    leads elsewhere, and where there is no clip.
+    """
+    places = (source, source / "split")
+    listed = [f for f in places if any((f / f"{split}.txt").is_file() for split in SPLITS)]
+    if not listed:
+        folder = source / motions
+        files = sorted(path.relative_to(folder).with_suffix("") for path in folder.rglob("*.npy"))
+        named = [as_text(path.as_posix()) for path in files]
+        if not named:
+            raise ScaMoError(f"{folder}: holds no .npy")
+        return list(zip(splits_by_source(named, parts), named, strict=True))
+    names = [(split, name) for split, name, _ in split_lists(listed[0])]
+    for split, name in names:
+        if "\\" in name or any(part.startswith(".") or not part for part in name.split("/")):
+            raise ScaMoError(f"{listed[0] / split}.txt: {name!r} is not a plain name")
+    if not names:
+        raise ScaMoError(f"{listed[0]}: the split lists name no clip")
+    return names
 
 
 def animation_of(joints: NDArray, fps: float, body: Representation = HUMANML3D) -> Animation:

@@ -3,6 +3,8 @@
 motion_data/smplx_322/SUBSET/**/NAME.npy     (T, 322): root orientation 3, body pose 63, hands 90, jaw 3,
                                              expression 50, face shape 100, translation 3, betas 10
 texts/semantic_labels/SUBSET/**/NAME.txt     a caption a line
+train.txt val.txt test.txt                   SUBSET/**/NAME, one a line, here or in split/; without any, every
+                                             file is a clip
 
 The 22 joints are those of the user's SMPL-X model by forward kinematics without skinning; hands and face move
 none of them. A clip's name is its path below smplx_322/. Folders of Motion-X that hold 263 features already
@@ -28,15 +30,14 @@ from scamo.data.prepare.arrays import PROBED_CLIPS, joints_body
 from scamo.data.prepare.layout import (
     Refusal,
     add_body,
-    as_text,
     checked_limits,
     checked_split,
+    clips_of,
     common_up,
     load_array,
     mirrored_name,
     read_captions,
     read_offsets,
-    splits_by_source,
     unmirrored,
 )
 from scamo.data.prepare.work import write_pieces
@@ -99,8 +100,8 @@ def prepare_motionx(
             stand.
         mirror: add a mirrored copy, "M" before its name's last part, of every clip that the folder has none
             of.
-        split: parts of train, val and test. What comes from one recording by its name stays together, and
-            where it goes is a function of that name alone.
+        split: parts of train, val and test where the folder has no split lists. What comes from one recording
+            by its name stays together, and where it goes is a function of that name alone.
         target_offsets: (22, 3) .npy of the uniform skeleton, whose bone lengths all clips take.
         min_frames, max_frames, long, strict, license, overwrite, workers, progress: as for `prepare_arrays`.
 
@@ -110,9 +111,13 @@ def prepare_motionx(
             refused otherwise.
     """
     source = Path(source)
-    names = _names(source)
-    body = SmplBody.load(model)
+    for folder in (MOTIONS, TEXTS):
+        if not (source / folder).is_dir():
+            raise ScaMoError(f"{source / folder}: no such folder; expected Motion-X's {MOTIONS} and {TEXTS}")
     parts = checked_split(split)
+    clips = clips_of(source, MOTIONS, parts)
+    names = [name for _, name in clips if (source / MOTIONS / f"{name}.npy").is_file()]
+    body = SmplBody.load(model)
     if long not in ("cut", "refuse"):
         raise ScaMoError(f"long = {long!r}, expected cut or refuse")
     for option, value in (("fps", fps), ("mocap_fps", mocap_fps)):
@@ -125,11 +130,15 @@ def prepare_motionx(
     up = None if up is None else check_up(up)
     offsets = None if target_offsets is None else read_offsets(Path(target_offsets))
     ups = {} if up is not None else _ups(source, body, names)
+    known = set(names)
+    # Of what is listed and not there neither matters.
     pieces = [
-        _Clip(name, where, _fps_of(name, mocap_fps), up or ups[_subset(name)])
-        for name, where in zip(names, splits_by_source(names, parts), strict=True)
+        _Clip(
+            name, where, _fps_of(name, mocap_fps) if name in known else FPS, up or ups.get(_subset(name), "y")
+        )
+        for where, name in clips
     ]
-    maker = _Maker(source, body, rate, offsets, mirror, set(names), long == "cut", max_frames)
+    maker = _Maker(source, body, rate, offsets, mirror, known, long == "cut", max_frames)
     provenance = {
         "source": "motionx",
         **({"license": license} if license else {}),
@@ -228,18 +237,6 @@ def _joints(body: SmplBody, motion: NDArray) -> NDArray[np.float64]:
         raise Refusal("NaN or infinite poses", f"frame {int(bad.any(1).argmax())}")
     betas = motion[:, BETAS].astype(np.float64).mean(0)
     return body.pose(motion[:, POSES], betas, motion[:, TRANS]).joints
-
-
-def _names(source: Path) -> list[str]:
-    """The names of all clips."""
-    for folder in (MOTIONS, TEXTS):
-        if not (source / folder).is_dir():
-            raise ScaMoError(f"{source / folder}: no such folder; expected Motion-X's {MOTIONS} and {TEXTS}")
-    root = source / MOTIONS
-    names = [as_text(p.relative_to(root).with_suffix("").as_posix()) for p in sorted(root.rglob("*.npy"))]
-    if not names:
-        raise ScaMoError(f"{root}: holds no .npy")
-    return names
 
 
 def _subset(name: str) -> str:
