@@ -29,7 +29,7 @@ from scamo.motion.hierarchy import Animation, Hierarchy
 from scamo.motion.joint_maps import JointMap
 from scamo.motion.representation import HUMANML3D, SMPL_272, Representation
 from scamo.motion.retarget import Retargeted, retarget
-from scamo.motion.skeleton import JOINT_NAMES, N_JOINTS, mirror_joints, swap_sides
+from scamo.motion.skeleton import JOINT_NAMES, N_JOINTS, forward_kinematics, mirror_joints, swap_sides
 
 # What names end in that come from one recording: variants of a clip, and Motion-X's clips of a video and the
 # people of an EgoBody recording.
@@ -539,7 +539,9 @@ def add_body(
     rotations: bool = False,
 ) -> None:
     """A body's clip, and its mirrored copy, into a dataset: where it has max_frames or more and `cut`, its
-    pieces by `cut_at_captions`. rotations: 272 features with the body's own, else the 263.
+    pieces by `cut_at_captions`. rotations: 272 features of the body's own, else the 263. The joints are then
+    where the rotations put them, as SMPL's are: those of the source need not be rigid to one another (a spine
+    of other joints than ours), and features that contradict themselves are of no use.
 
     Refusal where no caption fits the clip.
     """
@@ -555,9 +557,12 @@ def add_body(
             out.refuse(name, "bad time tags", split=split, kind="caption", detail=detail)
         if not pieces:
             raise Refusal("no usable caption", f"{len(captions)} captions in all")
-    turned = body.rotations if rotations else None
+    joints, turned = body.joints, None
+    if rotations:
+        turned = body.rotations
+        joints = forward_kinematics(turned, body.offsets, joints[:, 0].astype(np.float64))
     for piece in pieces:
-        add_piece(out, name, split, body.joints, body.fps, piece, cut, offsets, mirror, meta, turned)
+        add_piece(out, name, split, joints, body.fps, piece, cut, offsets, mirror, meta, turned)
 
 
 def add_piece(
@@ -587,7 +592,7 @@ def add_piece(
         except ScaMoError as error:
             writer.refuse(name, "features cannot be computed", split=split, detail=str(error))
             return
-        writer.add_clip(name, features, split, captions, meta, contradictions(features, SMPL_272))
+        writer.add_clip(name, features, split, captions, meta)
         if mirror:
             copy = SMPL_272.mirrored(features)
             writer.add_clip(mirrored_name(name), copy, split, swapped(captions), meta | {"mirrored": True})
