@@ -276,6 +276,7 @@ def prepare_arrays(
     captions: Path | None = None,
     template: str | None = None,
     key: str | None = None,
+    feature_dim: Literal[263, 272] = 263,
     fps: float | None = None,
     source_fps: float | None = None,
     units: str | None = None,
@@ -299,7 +300,8 @@ def prepare_arrays(
         captions: a CSV or JSON lines: name, caption or label[, start, end, split, fps]; NAME.txt without it.
         template: makes captions of labels, "a person does {label}".
         key: the array with the joints in every .npz; joints, positions or pos without it.
-        fps: frames a second of the dataset; 20 without it.
+        feature_dim: 263, or 272 with rotations that are fitted to the joints.
+        fps: frames a second of the dataset; 20 of 263 and 30 of 272 features without it.
         source_fps: of the arrays, where neither a .npz nor the table says it.
         units: m, cm, mm or metres of one unit; found by the leg without it.
         up: the axis that points up; found without it.
@@ -322,6 +324,7 @@ def prepare_arrays(
         captions=captions,
         template=template,
         key=key,
+        feature_dim=feature_dim,
         fps=fps,
         source_fps=source_fps,
         units=units,

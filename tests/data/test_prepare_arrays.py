@@ -9,6 +9,7 @@ from scamo.data.dataset import MotionDataset
 from scamo.data.prepare.arrays import prepare_arrays
 from scamo.errors import ScaMoError
 from scamo.motion.features import joints_to_features
+from scamo.motion.representation import Representation
 from scamo.motion.skeleton import mirror_joints
 from scamo.motion.synthetic import corpus_clip
 
@@ -173,6 +174,19 @@ def test_captions_beside_and_mirrored_copies(tmp_path):
     assert [data.caption(c) for c in range(4)][::2] == ["he lifts his left arm", "he lifts his right arm"]
     np.testing.assert_allclose(data.clip_features(1), joints_to_features(mirror_joints(clip())), **CLOSE)
     assert reasons(data)["b"][0] == "caption file missing"
+
+
+def test_272_features_are_fitted_and_say_so(tmp_path):
+    np.savez(tmp_path / "walk.npz", joints=clip(), fps=20)
+    data = run(tmp_path / "walk.npz", tmp_path / "set", feature_dim=272, source_fps=None, mirror=True)
+    assert (data.feature_dim, data.fps, data.clip_names) == (272, 30, ["walk", "Mwalk"])
+    assert [data.clip_meta(i)["rotations"] for i in range(2)] == ["fitted", "fitted"]
+    smpl = Representation.of(272)
+    np.testing.assert_array_equal(data.clip_features(1), smpl.mirrored(data.clip_features(0)))
+    # A rigid body: the fit puts its bones where they are.
+    assert smpl.rotations_off(data.clip_features(0)) < 5e-3
+    with pytest.raises(ScaMoError, match="target_offsets: 272 features keep everybody's own bones"):
+        run(tmp_path / "walk.npz", tmp_path / "other", feature_dim=272, target_offsets=tmp_path / "any.npy")
 
 
 def test_workers_give_the_same_bytes(tmp_path):

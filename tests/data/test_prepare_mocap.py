@@ -99,6 +99,7 @@ def test_272_features_have_the_files_rotations(source, tmp_path):
     expected = features272.encode(joints, body.rotations, fps=30).features
     found = data.clip_names.index("a_1")
     np.testing.assert_array_equal(data.clip_features(found), expected)
+    assert data.clip_meta(found)["rotations"] == "true"
     mirrored = data.clip_features(data.clip_names.index("Ma_1"))
     np.testing.assert_array_equal(mirrored, Representation.of(272).mirrored(expected))
     # A body of this project's own: its rotations put every joint where it is.

@@ -28,6 +28,7 @@ from scamo.data.prepare.layout import (
     CaptionTable,
     Entry,
     Refusal,
+    Rotations,
     add_body,
     animation_of,
     as_text,
@@ -36,6 +37,7 @@ from scamo.data.prepare.layout import (
     checked_split,
     common_up,
     described_by,
+    feature_kind,
     load_array,
     names_of,
     read_offsets,
@@ -45,7 +47,7 @@ from scamo.data.prepare.work import write_pieces
 from scamo.errors import ScaMoError
 from scamo.motion.hierarchy import LARGEST
 from scamo.motion.joint_maps import JointMap, check_up, unit_of
-from scamo.motion.representation import HUMANML3D
+from scamo.motion.representation import SMPL_272
 from scamo.motion.retarget import Retargeted
 from scamo.motion.skeleton import N_JOINTS
 from scamo.motion.smpl import read_arrays
@@ -93,6 +95,7 @@ def prepare_arrays(
     captions: str | Path | None = None,
     template: str | None = None,
     key: str | None = None,
+    feature_dim: int = 263,
     fps: float | None = None,
     source_fps: float | None = None,
     units: str | float | None = None,
@@ -109,7 +112,7 @@ def prepare_arrays(
     workers: int = 1,
     progress: bool = True,
 ) -> MotionDataset:
-    """Read every .npy and .npz of a folder and those below, or one such file, as 263 features.
+    """Read every .npy and .npz of a folder and those below, or one such file, as a dataset.
 
     An array with `offsets` is held in memory whole, by every worker; of all others one clip is.
 
@@ -120,7 +123,8 @@ def prepare_arrays(
             or of the array in it. None: NAME.txt beside every clip.
         template: makes a caption of a label or name, as for `prepare_mocap`.
         key: the array with the joints in every .npz. None: one called joints, positions or pos, if any.
-        fps: frames a second of the dataset. None: 20.
+        feature_dim: 263, or 272 with rotations that are fitted to the joints; every clip's meta says so.
+        fps: frames a second of the dataset. None: 20 of 263, 30 of 272 features.
         source_fps: of the arrays, instead of what a .npz says under fps; a table's goes first. Clips of
             which none says it are refused.
         units: m, cm, mm, ... or metres a unit. None: by the length of every clip's legs.
@@ -150,8 +154,9 @@ def prepare_arrays(
     for option, value in (("fps", fps), ("source_fps", source_fps)):
         if value is not None and not 0 < value < math.inf:
             raise ScaMoError(f"{option} = {value}: expected a positive number")
-    rate = HUMANML3D.fps if fps is None else fps
-    min_frames, max_frames = checked_limits(HUMANML3D, rate, min_frames, max_frames)
+    kind = feature_kind(feature_dim, target_offsets)
+    rate = kind.fps if fps is None else fps
+    min_frames, max_frames = checked_limits(kind, rate, min_frames, max_frames)
     settings: dict[str, Any] = {
         "fps": rate,
         "units": None if units is None else unit_of(units),
@@ -167,7 +172,16 @@ def prepare_arrays(
         for clip, name, where in zip(found, names, splits_by_source(names, parts), strict=True)
     ]
     maker = _Maker(
-        folder, table is None, template, source_fps, settings, offsets, mirror, long == "cut", max_frames
+        folder,
+        table is None,
+        template,
+        source_fps,
+        settings,
+        offsets,
+        mirror,
+        long == "cut",
+        max_frames,
+        "fitted" if kind is SMPL_272 else None,
     )
     if up is None:
         settings["up"] = common_up(maker.probed(found))
@@ -177,6 +191,7 @@ def prepare_arrays(
         "folder": source.resolve().name,
         "captions": Path(captions).name if captions is not None else "beside the files",
         "template": template,
+        "features": kind.name,
         "skeleton": "kept" if offsets is None else "given",
         "source_fps": source_fps,
         "units": settings["units"],
@@ -189,7 +204,7 @@ def prepare_arrays(
     }
     with DatasetWriter(
         out,
-        feature_dim=HUMANML3D.feature_dim,
+        feature_dim=feature_dim,
         fps=rate,
         provenance=provenance,
         overwrite=overwrite,
@@ -231,6 +246,7 @@ class _Maker:
     mirror: bool
     cut: bool
     max_frames: int
+    rotations: Rotations | None
     last: tuple[str, str, dict[str, NDArray]] | None = None
 
     def files(self, clip: _Clip) -> Iterator[Path]:
@@ -257,7 +273,17 @@ class _Maker:
             body = joints_body(joints, fps, self.settings)
             meta = {"file": found.label, "source_fps": fps}
             add_body(
-                out, name, split, body, described, meta, self.max_frames, self.cut, self.offsets, self.mirror
+                out,
+                name,
+                split,
+                body,
+                described,
+                meta,
+                self.max_frames,
+                self.cut,
+                self.offsets,
+                self.mirror,
+                self.rotations,
             )
         except Refusal as refusal:
             detail = refusal.detail if found.file in refusal.detail else f"{found.label}: {refusal.detail}"

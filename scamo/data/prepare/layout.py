@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ from scamo.motion.skeleton import JOINT_NAMES, N_JOINTS, forward_kinematics, mir
 OF_A_SOURCE = re.compile(rf"{VARIANT}|[_-]clip[_-]?\d+|/body_idx_\d+/\d+", re.IGNORECASE)
 # Nobody moves so fast, metres a second: the capture lost the body.
 FASTEST = 20.0
+Rotations = Literal["own", "fitted"]
 COLUMNS = ("name", "caption", "label", "start", "end", "split", "fps")
 
 # Rotations that put a bone farther off contradict its position: an export by them would visibly differ.
@@ -376,6 +377,15 @@ def checked_split(split: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(part) for part in split)
 
 
+def feature_kind(feature_dim: int, target_offsets: str | Path | None) -> Representation:
+    """263 or 272 features, of which only the first take a skeleton; else ScaMoError."""
+    if feature_dim not in (HUMANML3D.feature_dim, SMPL_272.feature_dim):
+        raise ScaMoError(f"feature_dim = {feature_dim}: expected 263 or 272")
+    if feature_dim == SMPL_272.feature_dim and target_offsets is not None:
+        raise ScaMoError("target_offsets: 272 features keep everybody's own bones")
+    return Representation.of(feature_dim)
+
+
 def checked_limits(
     kind: Representation, fps: float, min_frames: int | None, max_frames: int | None
 ) -> tuple[int, int]:
@@ -536,12 +546,14 @@ def add_body(
     cut: bool,
     offsets: NDArray[np.float64] | None,
     mirror: bool,
-    rotations: bool = False,
+    rotations: Rotations | None = None,
 ) -> None:
     """A body's clip, and its mirrored copy, into a dataset: where it has max_frames or more and `cut`, its
-    pieces by `cut_at_captions`. rotations: 272 features of the body's own, else the 263. The joints are then
-    where the rotations put them, as SMPL's are: those of the source need not be rigid to one another (a spine
-    of other joints than ours), and features that contradict themselves are of no use.
+    pieces by `cut_at_captions`.
+
+    rotations: of 272 features; None makes the 263. With the body's own the joints are where these put them,
+    as SMPL's are: those of the source need not be rigid to one another (a spine of other joints than ours),
+    and features that contradict themselves are of no use. meta["rotations"] of a clip says true or fitted.
 
     Refusal where no caption fits the clip.
     """
@@ -549,7 +561,7 @@ def add_body(
         out.note(name, note, split=split)
     meta = meta | {"metres_a_unit": body.metres_a_unit, "up": body.up}
     # 263 features of T frames are T - 1.
-    frames = len(body.joints) - (0 if rotations else 1)
+    frames = len(body.joints) - (1 if rotations is None else 0)
     pieces, cut = [(0, frames, captions)], cut and frames >= max_frames
     if cut:
         pieces, wrong = cut_at_captions(frames, captions, body.fps, max_frames)
@@ -557,57 +569,66 @@ def add_body(
             out.refuse(name, "bad time tags", split=split, kind="caption", detail=detail)
         if not pieces:
             raise Refusal("no usable caption", f"{len(captions)} captions in all")
-    joints, turned = body.joints, None
-    if rotations:
-        turned = body.rotations
-        joints = forward_kinematics(turned, body.offsets, joints[:, 0].astype(np.float64))
-    for piece in pieces:
-        add_piece(out, name, split, joints, body.fps, piece, cut, offsets, mirror, meta, turned)
+    joints, own = body.joints, body.rotations if rotations == "own" else None
+    if own is not None:
+        joints = forward_kinematics(own, body.offsets, joints[:, 0].astype(np.float64))
+    for start, end, described in pieces:
+        label, facts = name, meta
+        if cut:
+            label, facts = f"{name}@{start}-{end}", meta | {"frames": [start, end]}
+        if rotations is None:
+            piece = joints[start : end + 1]
+            _add_263(out, label, split, piece, body.fps, described, offsets, mirror, facts)
+        else:
+            turned = None if own is None else own[start:end]
+            _add_272(out, label, split, joints[start:end], turned, body.fps, described, mirror, facts)
 
 
-def add_piece(
-    writer: Clips,
+def _add_263(
+    out: Clips,
     name: str,
     split: str,
     joints: NDArray,
     fps: float,
-    piece: tuple[int, int, list[Caption]],
-    cut: bool,
+    captions: list[Caption],
     offsets: NDArray[np.float64] | None,
     mirror: bool,
     meta: dict[str, Any],
-    rotations: NDArray[np.float64] | None = None,
 ) -> None:
-    """Features of a piece of a clip's joints, and its mirrored copy, into a dataset.
-
-    piece: frames and captions. cut: the name says which frames. rotations: (T, 22, 4), for 272 features; the
-    263 without it.
-    """
-    start, end, captions = piece
-    if cut:
-        name, meta = f"{name}@{start}-{end}", meta | {"frames": [start, end]}
-    if rotations is not None:
-        try:
-            features = features272.encode(joints[start:end], rotations[start:end], fps=fps).features
-        except ScaMoError as error:
-            writer.refuse(name, "features cannot be computed", split=split, detail=str(error))
-            return
-        writer.add_clip(name, features, split, captions, meta)
-        if mirror:
-            copy = SMPL_272.mirrored(features)
-            writer.add_clip(mirrored_name(name), copy, split, swapped(captions), meta | {"mirrored": True})
-        return
-    joints = joints[start : end + 1]
     for mirrored in (False, True) if mirror else (False,):
         if mirrored:
             name, joints = mirrored_name(name), mirror_joints(joints)
-            captions = swapped(captions)
+            captions, meta = swapped(captions), meta | {"mirrored": True}
         try:
             features = joints_to_features(joints, target_offsets=offsets, fps=fps)
         except ScaMoError as error:
-            writer.refuse(name, "features cannot be computed", split=split, detail=str(error))
+            out.refuse(name, "features cannot be computed", split=split, detail=str(error))
             continue
-        writer.add_clip(name, features, split, captions, meta | ({"mirrored": True} if mirrored else {}))
+        out.add_clip(name, features, split, captions, meta)
+
+
+def _add_272(
+    out: Clips,
+    name: str,
+    split: str,
+    joints: NDArray,
+    rotations: NDArray[np.float64] | None,
+    fps: float,
+    captions: list[Caption],
+    mirror: bool,
+    meta: dict[str, Any],
+) -> None:
+    """rotations: None fits them to the joints."""
+    try:
+        encoded = features272.encode(joints, rotations, fps=fps)
+    except ScaMoError as error:
+        out.refuse(name, "features cannot be computed", split=split, detail=str(error))
+        return
+    features, meta = encoded.features, meta | {"rotations": encoded.rotations}
+    out.add_clip(name, features, split, captions, meta)
+    if mirror:
+        copy, meta = SMPL_272.mirrored(features), meta | {"mirrored": True}
+        out.add_clip(mirrored_name(name), copy, split, swapped(captions), meta)
 
 
 def contradictions(features: NDArray, representation: Representation) -> list[tuple[str, str]]:

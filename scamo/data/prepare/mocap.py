@@ -20,12 +20,14 @@ from scamo.data.prepare.layout import (
     CaptionTable,
     Entry,
     Refusal,
+    Rotations,
     add_body,
     as_text,
     body_of,
     checked_limits,
     checked_split,
     described_by,
+    feature_kind,
     names_of,
     read_offsets,
     splits_by_name,
@@ -36,7 +38,7 @@ from scamo.motion.asf import DEFAULT_FPS, Skeleton, find_asf, read_amc, read_asf
 from scamo.motion.bvh import read_bvh
 from scamo.motion.hierarchy import Animation
 from scamo.motion.joint_maps import JointMap, check_up, unit_of
-from scamo.motion.representation import HUMANML3D, SMPL_272, Representation
+from scamo.motion.representation import SMPL_272
 
 SUFFIXES = (".bvh", ".amc")
 
@@ -117,11 +119,7 @@ def prepare_mocap(
         ScaMoError: an argument is wrong, the folder holds no motion, the table or another file of the
             arguments cannot be read, or nothing was kept; with `strict` also for what is refused otherwise.
     """
-    if feature_dim not in (HUMANML3D.feature_dim, SMPL_272.feature_dim):
-        raise ScaMoError(f"feature_dim = {feature_dim}: expected 263 or 272")
-    kind = Representation.of(feature_dim)
-    if kind is SMPL_272 and target_offsets is not None:
-        raise ScaMoError("target_offsets: 272 features keep everybody's own bones; rest_pose changes them")
+    kind = feature_kind(feature_dim, target_offsets)
     fps = kind.fps if fps is None else fps
     source = Path(source)
     files = _files(source)
@@ -181,7 +179,7 @@ def prepare_mocap(
         mirror,
         long,
         max_frames,
-        kind is SMPL_272,
+        "own" if kind is SMPL_272 else None,
     )
     with DatasetWriter(
         out,
@@ -230,7 +228,7 @@ class _Maker:
     mirror: bool
     long: str
     max_frames: int
-    rotations: bool
+    rotations: Rotations | None
     skeletons: dict[Path, Skeleton] = field(default_factory=dict)
 
     def files(self, file: _File) -> Iterator[Path]:
