@@ -37,7 +37,7 @@ from scamo.data.prepare.layout import (
     split_lists,
     uniform_features,
 )
-from scamo.data.prepare.work import write_pieces
+from scamo.data.prepare.work import write_dataset
 from scamo.errors import ScaMoError
 from scamo.motion import features272
 from scamo.motion.features import offsets_from_joints
@@ -193,7 +193,18 @@ def prepare_amass(
         "fit_joints": fit_joints,
         **limits,
     }
-    with DatasetWriter(
+
+    def left_out(writer: DatasetWriter) -> None:
+        for name, detail in bad_rows:
+            writer.refuse(name, "bad index row", detail=detail)
+        for name, detail in twice:
+            writer.refuse(name, "in the split lists twice", detail=detail)
+        indexed = {row.name for row in rows}
+        for name, split in splits.items():
+            if not {name, name.removeprefix("M")} & indexed:
+                writer.refuse(name, "not in the index", split=split)
+
+    writer = DatasetWriter(
         out,
         feature_dim=representation.feature_dim,
         fps=representation.fps,
@@ -206,29 +217,17 @@ def prepare_amass(
             "model": hashlib.sha256(pickle.dumps(bodies)).hexdigest(),
             "target_offsets": None if maker.offsets is None else maker.offsets.tolist(),
         },
-    ) as writer:
-        for name, detail in bad_rows:
-            writer.refuse(name, "bad index row", detail=detail)
-        for name, detail in twice:
-            writer.refuse(name, "in the split lists twice", detail=detail)
-        indexed = {row.name for row in rows}
-        for name, split in splits.items():
-            if not {name, name.removeprefix("M")} & indexed:
-                writer.refuse(name, "not in the index", split=split)
-        write_pieces(
-            writer,
-            _by_source(rows, splits),
-            maker.make,
-            maker.files,
-            desc="prepare amass",
-            unit="source",
-            workers=workers,
-            progress=progress,
-        )
-    dataset = MotionDataset.open(out)
-    if progress:
-        print(dataset.summary())
-    return dataset
+    )
+    return write_dataset(
+        writer,
+        _by_source(rows, splits),
+        maker.make,
+        maker.files,
+        unit="source",
+        workers=workers,
+        progress=progress,
+        first=left_out,
+    )
 
 
 class _Maker:

@@ -43,7 +43,7 @@ from scamo.data.prepare.layout import (
     read_offsets,
     splits_by_source,
 )
-from scamo.data.prepare.work import write_pieces
+from scamo.data.prepare.work import write_dataset
 from scamo.errors import ScaMoError
 from scamo.motion.hierarchy import LARGEST
 from scamo.motion.joint_maps import JointMap, check_up, unit_of
@@ -202,7 +202,7 @@ def prepare_arrays(
         "max_frames": max_frames,
         "long": long,
     }
-    with DatasetWriter(
+    writer = DatasetWriter(
         out,
         feature_dim=feature_dim,
         fps=rate,
@@ -215,22 +215,16 @@ def prepare_arrays(
             "source": str(source.resolve()),
             "target_offsets": None if offsets is None else offsets.tolist(),
         },
-    ) as writer:
-        if table is not None:
-            table.refuse_rest(writer)
-        write_pieces(
-            writer,
-            pieces,
-            maker.make,
-            maker.files,
-            desc="prepare arrays",
-            workers=workers,
-            progress=progress,
-        )
-    dataset = MotionDataset.open(out)
-    if progress:
-        print(dataset.summary())
-    return dataset
+    )
+    return write_dataset(
+        writer,
+        pieces,
+        maker.make,
+        maker.files,
+        workers=workers,
+        progress=progress,
+        first=None if table is None else table.refuse_rest,
+    )
 
 
 @dataclass

@@ -37,7 +37,7 @@ from scamo.data.prepare.layout import (
     uniform_features,
     unmirrored,
 )
-from scamo.data.prepare.work import write_pieces
+from scamo.data.prepare.work import write_dataset
 from scamo.errors import ScaMoError
 from scamo.motion.features import VARIANTS, Variant, features_to_joints, offsets_from_joints
 from scamo.motion.joint_maps import UNITS, unit_of
@@ -197,7 +197,7 @@ def prepare_humanml3d(
         "min_frames": limits[0],
         "max_frames": limits[1],
     }
-    with DatasetWriter(
+    writer = DatasetWriter(
         out,
         feature_dim=found.feature_dim,
         fps=rate,
@@ -211,20 +211,15 @@ def prepare_humanml3d(
             "offsets": None if offsets is None else offsets.tolist(),
             "texts": texts,
         },
-    ) as writer:
-        write_pieces(
-            writer,
-            [Listed(name, part) for part, name in names],
-            partial(make, folder),
-            partial(_files, folder),
-            desc="prepare humanml3d",
-            workers=workers,
-            progress=progress,
-        )
-    dataset = MotionDataset.open(out)
-    if progress:
-        print(dataset.summary())
-    return dataset
+    )
+    return write_dataset(
+        writer,
+        [Listed(name, part) for part, name in names],
+        partial(make, folder),
+        partial(_files, folder),
+        workers=workers,
+        progress=progress,
+    )
 
 
 def make(folder: Folder, piece: Listed, clips: Clips) -> None:

@@ -32,7 +32,7 @@ from scamo.data.prepare.layout import (
     read_offsets,
     splits_by_name,
 )
-from scamo.data.prepare.work import write_pieces
+from scamo.data.prepare.work import write_dataset
 from scamo.errors import ScaMoError
 from scamo.motion.asf import DEFAULT_FPS, Skeleton, find_asf, read_amc, read_asf
 from scamo.motion.bvh import read_bvh
@@ -181,7 +181,7 @@ def prepare_mocap(
         max_frames,
         "own" if kind is SMPL_272 else None,
     )
-    with DatasetWriter(
+    writer = DatasetWriter(
         out,
         feature_dim=feature_dim,
         fps=fps,
@@ -195,23 +195,17 @@ def prepare_mocap(
             "rest_pose": None if rest_pose is None else settings["target_offsets"].tolist(),
             "target_offsets": None if offsets is None else offsets.tolist(),
         },
-    ) as writer:
-        if table is not None:
-            table.refuse_rest(writer)
-        write_pieces(
-            writer,
-            pieces,
-            maker.make,
-            maker.files,
-            desc="prepare mocap",
-            unit="file",
-            workers=workers,
-            progress=progress,
-        )
-    dataset = MotionDataset.open(out)
-    if progress:
-        print(dataset.summary())
-    return dataset
+    )
+    return write_dataset(
+        writer,
+        pieces,
+        maker.make,
+        maker.files,
+        unit="file",
+        workers=workers,
+        progress=progress,
+        first=None if table is None else table.refuse_rest,
+    )
 
 
 @dataclass

@@ -32,7 +32,7 @@ from scamo.data.prepare.layout import (
     read_text,
     split_lists,
 )
-from scamo.data.prepare.work import write_pieces
+from scamo.data.prepare.work import write_dataset
 from scamo.errors import ScaMoError
 from scamo.motion.representation import SMPL_272, Representation
 
@@ -115,7 +115,7 @@ def prepare_motionmillion(
         "splits": lists,
         **limits,
     }
-    with DatasetWriter(
+    writer = DatasetWriter(
         out,
         feature_dim=SMPL_272.feature_dim,
         fps=SMPL_272.fps,
@@ -125,20 +125,15 @@ def prepare_motionmillion(
         resume={"source": str(source.resolve())},
         min_frames=limits["min_frames"],
         max_frames=limits["max_frames"],
-    ) as writer:
-        write_pieces(
-            writer,
-            pieces,
-            partial(make, source, layout),
-            partial(_files, source, layout),
-            desc="prepare motionmillion",
-            workers=workers,
-            progress=progress,
-        )
-    dataset = MotionDataset.open(out)
-    if progress:
-        print(dataset.summary())
-    return dataset
+    )
+    return write_dataset(
+        writer,
+        pieces,
+        partial(make, source, layout),
+        partial(_files, source, layout),
+        workers=workers,
+        progress=progress,
+    )
 
 
 def make(source: Path, layout: Layout, piece: Listed, clips: Clips) -> None:

@@ -40,7 +40,7 @@ from scamo.data.prepare.layout import (
     read_offsets,
     unmirrored,
 )
-from scamo.data.prepare.work import write_pieces
+from scamo.data.prepare.work import write_dataset
 from scamo.errors import ScaMoError
 from scamo.motion.hierarchy import LARGEST
 from scamo.motion.joint_maps import check_up
@@ -152,7 +152,7 @@ def prepare_motionx(
         "max_frames": max_frames,
         "long": long,
     }
-    with DatasetWriter(
+    writer = DatasetWriter(
         out,
         feature_dim=HUMANML3D.feature_dim,
         fps=rate,
@@ -166,20 +166,15 @@ def prepare_motionx(
             "model": hashlib.sha256(pickle.dumps(body)).hexdigest(),
             "target_offsets": None if offsets is None else offsets.tolist(),
         },
-    ) as writer:
-        write_pieces(
-            writer,
-            pieces,
-            maker.make,
-            maker.files,
-            desc="prepare motionx",
-            workers=workers,
-            progress=progress,
-        )
-    dataset = MotionDataset.open(out)
-    if progress:
-        print(dataset.summary())
-    return dataset
+    )
+    return write_dataset(
+        writer,
+        pieces,
+        maker.make,
+        maker.files,
+        workers=workers,
+        progress=progress,
+    )
 
 
 @dataclass

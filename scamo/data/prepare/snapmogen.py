@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scamo.data.dataset import SPLITS, Caption, Clips, DatasetWriter, MotionDataset
 from scamo.data.prepare.layout import Refusal, as_text, contradictions, read_text
 from scamo.data.prepare.motionmillion import Listed, check_name, load_features
-from scamo.data.prepare.work import write_pieces
+from scamo.data.prepare.work import write_dataset
 from scamo.errors import ScaMoError
 from scamo.motion.representation import SNAPMOGEN
 
@@ -93,7 +93,7 @@ def prepare_snapmogen(
         "folder": source.resolve().name,
         **limits,
     }
-    with DatasetWriter(
+    writer = DatasetWriter(
         out,
         feature_dim=SNAPMOGEN.feature_dim,
         fps=SNAPMOGEN.fps,
@@ -103,21 +103,16 @@ def prepare_snapmogen(
         resume={"source": str(source.resolve())},
         min_frames=limits["min_frames"],
         max_frames=limits["max_frames"],
-    ) as writer:
-        write_pieces(
-            writer,
-            pieces,
-            partial(make, source),
-            partial(_files, source),
-            desc="prepare snapmogen",
-            unit="recording",
-            workers=workers,
-            progress=progress,
-        )
-    dataset = MotionDataset.open(out)
-    if progress:
-        print(dataset.summary())
-    return dataset
+    )
+    return write_dataset(
+        writer,
+        pieces,
+        partial(make, source),
+        partial(_files, source),
+        unit="recording",
+        workers=workers,
+        progress=progress,
+    )
 
 
 def make(source: Path, piece: Recording, clips: Clips) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
-from scamo.data.dataset import Caption, Clips, DatasetWriter
+from scamo.data.dataset import Caption, Clips, DatasetWriter, MotionDataset
 from scamo.errors import ScaMoError
 
 # Pieces that may be done, or under way, before the one whose turn it is; for each worker.
@@ -133,6 +133,43 @@ def write_pieces(
                 rate = (writer.frames - before) / (time.monotonic() - start)
                 bar.set_postfix_str(f"{rate:,.0f} frames/s", refresh=False)
                 bar.update()
+
+
+def write_dataset(
+    writer: DatasetWriter,
+    pieces: Sequence[P],
+    make: Callable[[P, Clips], None],
+    files: Callable[[P], Iterable[Path]],
+    *,
+    unit: str = "clip",
+    workers: int = 1,
+    progress: bool = True,
+    first: Callable[[DatasetWriter], None] | None = None,
+) -> MotionDataset:
+    """A whole dataset by `write_pieces`; its report is printed with progress.
+
+    Args:
+        writer: not yet open, made with `resume`; its provenance says the source.
+        first: refuses what belongs to no piece.
+        others: as for `write_pieces`, and its errors.
+    """
+    with writer:
+        if first is not None:
+            first(writer)
+        write_pieces(
+            writer,
+            pieces,
+            make,
+            files,
+            desc=f"prepare {writer.provenance['source']}",
+            unit=unit,
+            workers=workers,
+            progress=progress,
+        )
+    dataset = MotionDataset.open(writer.folder)
+    if progress:
+        print(dataset.summary())
+    return dataset
 
 
 def made(
