@@ -60,7 +60,7 @@ def test_cost_is_that_of_the_runs(runs, convention):
         assert estimate == pytest.approx(run["compute"], rel=1e-9 if convention == "paper" else 0.25)
 
 
-def test_intervals_hold_the_estimate_and_shrink_with_less_noise(runs):
+def test_intervals_hold_the_estimate(runs):
     fit = fit_runs([runs], draws=60)
     laws = fit.laws["lowest"]
     low, high = np.percentile([draw.l_u.slope for draw in fit.draws["lowest"]], [2.5, 97.5])
