@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scamo.generation.one_row import OneRow
 from scamo.models.layers import Block, FromHeads, Head, Linear, RMSNorm, ToHeads
-from scamo.models.prefix_lm import PrefixLM
+from scamo.models.prefix_lm import KVCache, PrefixLM
 
 # oneDNN's packed product of 1 row takes as long as that of 4, or longer.
 _LEAST_ROWS = 4
@@ -24,8 +25,9 @@ def inference_twin(model: PrefixLM) -> PrefixLM:
     """A PrefixLM that shares the model's tensors and serves prefill and decode only; kept for the next call.
 
     On a CPU its matrices are packed for oneDNN, a second copy of them: torch hands products of few rows to a
-    library that reads a weight of 64,001 x 512 two to four times as slowly. On a GPU with heads that are
-    stored wider than they are, it widens what is multiplied and not, for every token, the weights.
+    library that reads a weight of 64,001 x 512 two to four times as slowly. A step of one row in float32 is
+    NumPy's there (`one_row`). On a GPU with heads that are stored wider than they are, it widens what is
+    multiplied and not, for every token, the weights.
     """
     parameters = dict(model.named_parameters())
     state = [
@@ -41,6 +43,9 @@ def inference_twin(model: PrefixLM) -> PrefixLM:
 
 def _make_twin(model: PrefixLM) -> PrefixLM:
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    if model.dtype == torch.float32 and not model.embedding.weight.is_cuda:
+        twin.__class__ = _OnCPU
+        cast(_OnCPU, twin).one_row = OneRow(model)
     for index, block in enumerate(cast(Block, block) for block in twin.blocks):
         block.qkv = cast(ToHeads, _ToHeads(block.qkv))
         block.out = cast(FromHeads, _FromHeads(block.out))
@@ -53,6 +58,20 @@ def _make_twin(model: PrefixLM) -> PrefixLM:
             twin.blocks[index] = _Block(block)
     twin.head = cast(Head, _Logits(twin.head))
     return twin
+
+
+class _OnCPU(PrefixLM):
+    """A float32 model on a CPU."""
+
+    one_row: OneRow
+
+    @torch.no_grad()
+    def decode(self, cache: KVCache, tokens: Tensor) -> Tensor:
+        """As PrefixLM's."""
+        if len(tokens) != 1:
+            return super().decode(cache, tokens)
+        cache.extend()
+        return torch.from_numpy(self.one_row.step(cache, int(tokens), self._rope(tokens.device)))[None]
 
 
 def _can_pack(weight: Tensor) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scamo.errors import ScaMoError
@@ -69,26 +70,15 @@ def gumbel_noise(keys: Tensor, step: int | Tensor, classes: int | Tensor) -> Ten
     ones. Integers until the last two logarithms, hence the same on every device, in any batch, without a
     state.
     """
-    columns = classes if isinstance(classes, int) else classes.shape[1]
-    z, spare = torch.empty((2, len(keys), columns), dtype=torch.int64, device=keys.device)
-    return _noise(keys, step, None if isinstance(classes, int) else classes, z, spare)
-
-
-def _noise(keys: Tensor, step: int | Tensor, classes: Tensor | None, z: Tensor, spare: Tensor) -> Tensor:
-    """`gumbel_noise` of classes, or all, in the memory of z; z and spare int64 (B, n) are overwritten."""
     if isinstance(step, int):
         step = torch.tensor(step, device=keys.device)
-    if classes is None:
-        counter = torch.arange(1, z.shape[1] + 1, out=spare[0])
-    else:
-        counter = torch.add(classes, 1, out=spare)
-    torch.add(counter.mul_(_GOLDEN), (keys + (step << 32) * _GOLDEN)[:, None], out=z)
-    for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, None)):
-        z ^= _shift(z, bits, spare)
-        if factor is not None:
-            z *= _signed(factor)
-    uniform = z.view(torch.float64).copy_(_shift(z, 11, spare)).add_(0.5).mul_(2.0**-53)
-    return uniform.log_().neg_().log_().neg_()
+    if isinstance(classes, int):
+        classes = torch.arange(classes, device=keys.device)[None]
+    z = (classes + 1) * _GOLDEN + (keys + (step << 32) * _GOLDEN)[:, None]
+    for bits, factor in ((30, _FACTORS[0]), (27, _FACTORS[1])):
+        z = (z ^ _shift(z, bits)) * factor
+    uniform = (_shift(z ^ _shift(z, 31), 11).double() + 0.5) * 2.0**-53
+    return -(-uniform.log()).log()
 
 
 def _signed(constant: int) -> int:
@@ -96,12 +86,34 @@ def _signed(constant: int) -> int:
     return constant - 2**64
 
 
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_GOLDEN, *_FACTORS = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-def _shift(z: Tensor, bits: int, out: Tensor) -> Tensor:
-    """Logical right shift into `out`; torch's is arithmetic."""
-    return torch.bitwise_right_shift(z, bits, out=out).bitwise_and_(2 ** (64 - bits) - 1)
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's is arithmetic."""
+    return (z >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _noise_into(z: NDArray, spare: NDArray, keys: NDArray, step: NDArray, classes: NDArray | None) -> NDArray:
+    """`gumbel_noise` of classes, or all, in the memory of z; z and spare float64 (B, n) are overwritten."""
+    noise, z, spare = z, z.view(np.int64), spare.view(np.int64)
+    with np.errstate(over="ignore"):  # integers wrap on purpose
+        base = keys + (step << 32) * _GOLDEN
+        counter = np.arange(1, z.shape[1] + 1)[None] if classes is None else classes + 1
+        np.add(counter * _GOLDEN, base[:, None], out=z)
+    unsigned, shifted = z.view(np.uint64), spare.view(np.uint64)
+    for bits, factor in ((30, _FACTORS[0]), (27, _FACTORS[1]), (31, None)):
+        np.right_shift(unsigned, np.uint64(bits), out=shifted)
+        z ^= spare
+        if factor is not None:
+            z *= factor
+    np.right_shift(unsigned, np.uint64(11), out=shifted)
+    noise[:] = spare
+    noise += 0.5
+    noise *= 2.0**-53
+    for _ in range(2):
+        np.negative(np.log(noise, out=noise), out=noise)
+    return noise
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -133,11 +145,13 @@ def sample(logits: Tensor, keys: Tensor, step: int | Tensor, sampling: Sampling)
     keys = keys.to(logits.device)
     if logits.is_cuda:
         return sample_masked(logits, keys, step, sampling)
+    steps = torch.as_tensor(step).expand(len(keys)).numpy()
     # A row's numbers should stay in a cache from one pass to the next.
     rows = max(1, _BLOCK // logits.shape[-1])
-    steps = step.split(rows) if isinstance(step, Tensor) else itertools.repeat(step)
-    parts = zip(logits.split(rows), keys.split(rows), steps, strict=False)
-    return torch.cat([_sample_block(*part, sampling) for part in parts])
+    parts = (
+        (logits[i : i + rows], keys[i : i + rows], steps[i : i + rows]) for i in range(0, len(keys), rows)
+    )
+    return torch.cat([_sample_block(part, key.numpy(), at, sampling) for part, key, at in parts])
 
 
 def sample_masked(logits: Tensor, keys: Tensor, step: int | Tensor, sampling: Sampling) -> Tensor:
@@ -148,46 +162,52 @@ def sample_masked(logits: Tensor, keys: Tensor, step: int | Tensor, sampling: Sa
     return (score + gumbel_noise(keys, step, logits.shape[-1])).argmax(-1)
 
 
-def _sample_block(logits: Tensor, keys: Tensor, step: int | Tensor, sampling: Sampling) -> Tensor:
-    """`sample_masked` without its sort: whether the winner is within top_p needs a sum only."""
+def _sample_block(logits: Tensor, keys: NDArray, step: NDArray, sampling: Sampling) -> Tensor:
+    """`sample_masked` without its sort: whether the winner is within top_p needs a sum only.
+
+    NumPy's, on one thread: for one row torch is slower on two, and its threads, which spin for a while when
+    they are done, would keep those of `one_row` waiting.
+    """
     index = None
     if 0 < sampling.top_k < logits.shape[-1]:
         logits, index = logits.topk(sampling.top_k, dim=-1)
-    score, weight, spare, noisy = _workspace(logits.shape)
-    score.copy_(logits).div_(sampling.temperature)
-    noisy = _noise(keys, step, index, noisy.view(torch.int64), spare.view(torch.int64)).add_(score)
+    score, weight, spare, noisy = _workspace(*logits.shape)
+    np.divide(logits.float().numpy(), sampling.temperature, out=score)
+    noisy = _noise_into(noisy, spare, keys, step, None if index is None else index.numpy())
+    noisy += score
     if sampling.min_p or sampling.top_p < 1:
-        torch.sub(score, score.amax(-1, keepdim=True), out=weight).exp_()
+        np.exp(np.subtract(score, score.max(-1, keepdims=True), out=weight), out=weight)
         if sampling.min_p:
-            noisy.masked_fill_(weight < sampling.min_p, -torch.inf)
-    winner = noisy.argmax(-1, keepdim=True)
+            noisy[weight < sampling.min_p] = -np.inf
+    winner = noisy.argmax(-1)[:, None]
     if sampling.top_p < 1:
-        place = torch.arange(score.shape[-1])
-        limit = sampling.top_p * weight.sum(-1, keepdim=True)
+        place = np.arange(score.shape[-1])
+        limit = sampling.top_p * weight.sum(-1, keepdims=True)
         while True:
-            its = score.gather(-1, winner)
+            its = np.take_along_axis(score, winner, -1)
             likelier = (score > its) | ((score == its) & (place < winner))
-            outside = torch.mul(weight, likelier, out=spare).sum(-1, keepdim=True) >= limit
+            outside = np.multiply(weight, likelier, out=spare).sum(-1, keepdims=True) >= limit
             if not outside.any():
                 break
             # Where the winner is outside, so is all that is not likelier.
-            noisy.masked_fill_(outside & ~likelier, -torch.inf)
-            winner = noisy.argmax(-1, keepdim=True)
-    return (winner if index is None else index.gather(-1, winner)).squeeze(-1)
+            noisy[outside & ~likelier] = -np.inf
+            winner = noisy.argmax(-1)[:, None]
+    chosen = torch.from_numpy(winner)
+    return (chosen if index is None else index.gather(-1, chosen)).squeeze(-1)
 
 
 class _Memory(threading.local):
     """Allocated for every token, this would cost as much as the sampling: the system clears each page."""
 
-    buffers = torch.empty(4, 0, dtype=torch.float64)
+    buffers: NDArray[np.float64] = np.empty(0)
 
 
 _memory = _Memory()
 
 
-def _workspace(shape: torch.Size) -> Tensor:
-    """Four float64 tensors of the shape, whatever is in them, (4, rows, columns); until the next call."""
-    if _memory.buffers.shape[1] < shape.numel():
-        with torch.inference_mode(False):  # the next caller may be in another mode
-            _memory.buffers = torch.empty(4, shape.numel(), dtype=torch.float64)
-    return _memory.buffers[:, : shape.numel()].view(4, *shape)
+def _workspace(rows: int, columns: int) -> NDArray[np.float64]:
+    """Four arrays, whatever is in them, (4, rows, columns); until the next call."""
+    size = 4 * rows * columns
+    if _memory.buffers.size < size:
+        _memory.buffers = np.empty(size)
+    return _memory.buffers[:size].reshape(4, rows, columns)

@@ -67,6 +67,13 @@ class KVCache:
     def capacity(self) -> int:
         return self.states.shape[-2]
 
+    def extend(self) -> None:
+        """Announce one more position of every row; ScaMoError where it is known that there is no room."""
+        if self.longest is not None:
+            if self.longest >= self.capacity:
+                raise ScaMoError(f"the cache is full: it has room for {self.capacity} positions")
+            self.longest += 1
+
     def first(self, rows: int) -> KVCache:
         """The first rows only, in the same memory."""
         return KVCache(self.states[:, :, :rows], self.lengths[:rows], self.longest)
@@ -273,10 +280,7 @@ class PrefixLM(nn.Module):
         Raises:
             ScaMoError: the cache is full.
         """
-        if cache.longest is not None:
-            if cache.longest >= cache.capacity:
-                raise ScaMoError(f"the cache is full: it has room for {cache.capacity} positions")
-            cache.longest += 1
+        cache.extend()
         x, branch = self.embedding(tokens), None
         rope = self._rope(x.device)
         for block, layer in zip(self._blocks(), cache.states, strict=True):
