@@ -1,6 +1,7 @@
 """Kernels for motion generation: tensors in, tensors out, with or without a GPU."""
 
 from scamo_kernels.attention import bounded_attention, prefix_causal_attention, rotary_prefix_attention
+from scamo_kernels.bsq import bsq_dequantize, bsq_quantize
 from scamo_kernels.decode import decode_attention
 from scamo_kernels.fsq import (
     fsq_dequantize,
@@ -19,6 +20,8 @@ from scamo_kernels.swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "bounded_attention",
+    "bsq_dequantize",
+    "bsq_quantize",
     "code_histogram",
     "decode_attention",
     "fsq_dequantize",

@@ -141,6 +141,33 @@ def fsq_dequantize_grouped(
     return fsq_dequantize(indices, levels, dtype).flatten(-2)
 
 
+def bsq_unit(z: Tensor) -> Tensor:
+    """z / |z| over the last axis; a row of zeros gives zeros and has the gradient 0."""
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    return torch.where(norm == 0, 0.0, z / norm.masked_fill(norm == 0, 1.0))
+
+
+def bsq_quantize(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Bitwise spherical quantisation of finite z with a straight-through gradient on u = z / |z|.
+
+    z (..., d) -> codes (..., d) in z's dtype, 1 / sqrt(d) where z > 0 and else -1 / sqrt(d), and bits int32
+    (...), channel 0 the least significant. d codes / dz is the gradient of u.
+    """
+    u = bsq_unit(z.to(compute_dtype(z.dtype)))
+    size, positive = u.new_tensor(z.shape[-1] ** -0.5), z > 0
+    codes = torch.where(positive, size, -size) + (u - u.detach())
+    powers = 2 ** torch.arange(z.shape[-1], device=z.device)
+    # 2^32 - 1 as int32 is -1: the bits themselves are kept.
+    return codes.to(z.dtype), (positive * powers).sum(-1).to(torch.int32)
+
+
+def bsq_dequantize(bits: Tensor, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """bits int32 (...) -> the codes (..., d) that `bsq_quantize` gives with them, in `dtype`."""
+    positive = bits.unsqueeze(-1) >> torch.arange(d, device=bits.device) & 1 == 1
+    size = torch.tensor(d**-0.5, dtype=compute_dtype(dtype), device=bits.device)
+    return torch.where(positive, size, -size).to(dtype)
+
+
 def code_histogram(indices: Tensor, codebook_size: int) -> Tensor:
     """How often each of 0 .. codebook_size - 1 occurs: indices (...) -> counts int64 (codebook_size,)."""
     return torch.bincount(indices.reshape(-1).long(), minlength=codebook_size)

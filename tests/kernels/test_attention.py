@@ -264,6 +264,58 @@ def test_prefix_is_bounded_by_its_bounds():
     assert torch.equal(a, b)
 
 
+# Bins of a scale in time, its groups of joints, and the frames / 4 of a bin: ScaleMoGen's eleven scales.
+SCALES = [(1, 1, 49), (2, 1, 24), (2, 2, 24), (3, 2, 16), (7, 2, 7), (7, 3, 7), (12, 3, 4), (24, 3, 2)]
+SCALES += [(24, 5, 2), (49, 5, 1), (49, 7, 1)]
+
+
+def scale_tokens(frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of all 864 tokens: the scale of each, and whether its bin holds one of the frames."""
+    scales, valid = [], []
+    for scale, (bins, groups, step) in enumerate(SCALES):
+        scales += [scale] * bins * groups
+        valid += [i < math.ceil(frames / (4 * step)) for i in range(bins) for _ in range(groups)]
+    return torch.tensor(scales), torch.tensor(valid)
+
+
+@pytest.mark.parametrize("impl", ["torch", "interpreter"])
+def test_scales_are_bounded_by_their_end(run, impl):
+    """Full attention over own and coarser scales with padded bins masked, against the packed valid tokens."""
+    generator = torch.Generator().manual_seed(0)
+    frames, head_dim = (196, 61, 1), 32
+    packed, expected, lengths, bounds = [], [], [], []
+    for count in frames:
+        scale, valid = scale_tokens(count)
+        assert len(scale) == 864
+        data = torch.randn(4, 864, 1, head_dim, generator=generator, dtype=torch.float64)
+        data[3, ~valid] = 0
+        q, k, v = leaves = [x.clone().requires_grad_() for x in data[:3]]
+        seen = (scale <= scale[:, None]) & valid
+        scores = torch.einsum("ihd,jhd->hij", q, k) * head_dim**-0.5
+        out = torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
+        grads = torch.autograd.grad(out, leaves, data[3])
+        assert all((x[~valid] == 0).all() for x in grads)
+        expected.append(torch.stack([out.detach(), *grads])[:, valid])
+        packed.append(data[:, valid].float())
+        lengths.append(int(valid.sum()))
+        ends = valid.long().cumsum(0)[torch.searchsorted(scale, scale, right=True) - 1]
+        bounds.append(ends[valid].int())
+    assert lengths[0] == 864
+    *qkv, cotangent = torch.cat(packed, 1)
+    outputs, grads = run(
+        impl,
+        "bounded_attention",
+        *qkv,
+        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+        torch.cat(bounds),
+        differentiate=(0, 1, 2),
+        cotangent=cotangent,
+        max_seqlen=864,
+    )
+    for actual, wanted in zip([*outputs, *grads], torch.cat(expected, 1), strict=True):
+        assert error(actual, wanted) <= RELATIVE
+
+
 def test_samples_do_not_see_each_other(run):
     case = CASES[0]
     tensors = case.tensors(torch.float32)

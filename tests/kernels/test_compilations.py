@@ -96,6 +96,10 @@ def other_cases() -> Iterator[tuple[str, Case]]:
         differentiate(lambda z: OPS.fsq_quantize(z, LEVELS, "triton", "tanh", stages)[0], z)
         OPS.fsq_dequantize(indices, LEVELS, dtype, "triton", stages)
 
+    def bsq(dtype, rows):
+        differentiate(lambda z: OPS.bsq_quantize(z, "triton")[0], empty(dtype, rows, 24))
+        OPS.bsq_dequantize(torch.zeros(rows, dtype=torch.int32), 24, dtype, "triton")
+
     def fsq_project(dtype, rows):
         channels, width = len(LEVELS), 512
         shapes = (rows, width), (channels, width), (channels,), (width, channels), (width,)
@@ -119,7 +123,7 @@ def other_cases() -> Iterator[tuple[str, Case]]:
         OPS.linear_cross_entropy(*tensors, targets, chunk, train, train, "triton")
 
     for dtype in DTYPES:
-        for op in (fsq_project, rms_norm, swiglu):
+        for op in (bsq, fsq_project, rms_norm, swiglu):
             yield f"{op.__name__}-{dtype}", (op, [(dtype, rows) for rows in ROWS])
         for stages in (1, 3):
             yield f"fsq-{dtype}-{stages}", (fsq, [(dtype, stages, rows) for rows in ROWS])

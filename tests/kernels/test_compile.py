@@ -59,6 +59,9 @@ def low_level_calls() -> dict[str, list[tuple]]:
         "rotary_attention": [(qkv, rope, *rotary, True, "torch"), (saved[0], rope, *rotary, False, "torch")],
         "rotary_attention_backward": [(grad, *saved, *rotary, "torch")],
         "decode_attention": [(normal(2, 3, 2, 8), *caches, int32(4, 0), normal(5, 8), 0.3, "torch")],
+        "bsq_quantize": [(z, "torch"), (z.detach(), "torch")],
+        "bsq_quantize_backward": [(codes, codes, "torch")],
+        "bsq_dequantize": [(int32(1, 2, 3), 6, torch.float32, "torch"), (int32(-1), 32, torch.half, "torch")],
         "fsq_quantize": [(z, LEVELS, "torch"), (z, LEVELS, "torch", "mentzer", 3)],
         "fsq_quantize_backward": [
             (codes, codes, LEVELS, "torch"),
@@ -117,6 +120,7 @@ def block(x, w_qkv, w_norm, w_up, w_in, b_in, w_out, b_out, head, rope, cache, c
     codes, indices = scamo_kernels.fsq_quantize(hidden[:, :6], LEVELS)
     grouped, two = scamo_kernels.fsq_quantize_grouped(hidden[:, :12], LEVELS, 2)
     residual, three = scamo_kernels.fsq_quantize_residual(hidden[:, :6], LEVELS, 3)
+    corners, words = scamo_kernels.bsq_quantize(hidden[:, :5])
     out, _ = scamo_kernels.fsq_project(hidden, w_in, b_in, w_out, b_out, LEVELS)
     targets = indices % head.shape[0]
     loss, losses = scamo_kernels.linear_cross_entropy(hidden + out, head, targets)
@@ -127,8 +131,11 @@ def block(x, w_qkv, w_norm, w_up, w_in, b_in, w_out, b_out, head, rope, cache, c
         scamo_kernels.fsq_dequantize_grouped(two, LEVELS),
         scamo_kernels.fsq_dequantize_residual(three, LEVELS),
         scamo_kernels.code_histogram(indices, 64000),
+        words,
+        scamo_kernels.bsq_dequantize(words, 5),
     )
-    return loss + codes.sum() + grouped.square().sum() + residual.sum(), losses, step, *cache, *others
+    loss = loss + codes.sum() + grouped.square().sum() + residual.sum() + corners.sum()
+    return loss, losses, step, *cache, *others
 
 
 def check_compiled(backend: str, device: str) -> None:
@@ -268,6 +275,29 @@ def fsq_cases(levels, dtypes, architectures=ARCHITECTURES, bound="tanh", stages=
                     "arch": arch,
                     "signature": signature | {"rows": "i32"},
                     "constants": values | rest | kernels.shape(levels, stages) | {"STAGES": stages},
+                    "warps": kernels.WARPS,
+                    "stages": 1,
+                }
+            )
+    return cases
+
+
+def bsq_cases(channels, dtypes, architectures=ARCHITECTURES) -> list[dict]:
+    from scamo_kernels import _bsq_triton as kernels
+
+    cases = []
+    for arch, d, data in itertools.product(architectures, channels, (f"*{dtype}" for dtype in dtypes)):
+        for kernel, signature in (
+            ("quantize", {"z": data, "codes": data, "bits": "*i32"}),
+            ("quantize_backward", {"grad": data, "z": data, "grad_z": data}),
+            ("dequantize", {"bits": "*i32", "codes": data}),
+        ):
+            cases.append(
+                {
+                    "kernel": f"_bsq_triton.{kernel}_kernel",
+                    "arch": arch,
+                    "signature": signature | {"rows": "i32"},
+                    "constants": kernels.shape(d),
                     "warps": kernels.WARPS,
                     "stages": 1,
                 }
@@ -426,7 +456,7 @@ def test_rotary_attention_compiles_for_the_paper_s_models(environment):
 
 
 def check_elementwise(cases, environment) -> None:
-    """Rows of a few channels have no 128-bit loads: as few as the rows' alignment allows."""
+    """Rows of channels: as few loads as the rows' alignment allows, of 128 bits where it is 16 bytes."""
     for case, result in gate(cases, environment):
         c = case["constants"]
         if "quantize" in case["kernel"] and "dequantize" not in case["kernel"]:
@@ -435,6 +465,8 @@ def check_elementwise(cases, environment) -> None:
             width = math.gcd(16, c["D"] * size)
             most = tensors * tile_loads(case, c["BLOCK"], c["BD"], size, width)
             assert result["loads"] <= most, (most, case, result)
+            if width == 16:
+                assert result["wide_loads"] == result["loads"], (case, result)
         elif "histogram" in case["kernel"]:
             assert result["loads"] <= tile_loads(case, c["BLOCK"], 1, 4, 4), (case, result)
 
@@ -442,6 +474,15 @@ def check_elementwise(cases, environment) -> None:
 def test_fsq_and_histogram_compiles(environment):
     cases = fsq_cases(LEVELS, ["bf16"], MORE_ARCHITECTURES) + histogram_cases(MORE_ARCHITECTURES)
     check_elementwise(cases, environment)
+
+
+def test_bsq_compiles_as_shipped(environment):
+    check_elementwise(bsq_cases([24], ["bf16", "fp32"], MORE_ARCHITECTURES), environment)
+
+
+@pytest.mark.slow
+def test_bsq_compiles_for_other_channels(environment):
+    check_elementwise(bsq_cases([1, 7, 18, 32], ["bf16", "fp32"]), environment)
 
 
 @pytest.mark.slow
