@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -48,6 +49,8 @@ class TokenizerConfig:
         dataset's, and 263 without any.
     quantizer: "fsq" or "vq" (the baseline of eqs. 1-2, with a learnt codebook; it has no levels).
     variant: of the features (`scamo.motion.features.FIXED`); training takes it from the dataset.
+    groups: for "fsq": so many times the channels, each group with the same levels and an index of its own.
+    residual: stages, each with an index of its own, that quantise what the stages before them left.
     """
 
     codebook_size: int = 65536
@@ -60,6 +63,8 @@ class TokenizerConfig:
     dilation_base: int = 3
     quantizer: str = "fsq"
     variant: str = "original"
+    groups: int = 1
+    residual: int = 1
 
     def __post_init__(self) -> None:
         if self.quantizer not in ("fsq", "vq"):
@@ -78,7 +83,26 @@ class TokenizerConfig:
             if not self.levels or min(self.levels) < 2:
                 raise ScaMoError(f"levels = {list(self.levels)}: expected at least one level, each 2 or more")
         _not_negative(self, "feature_dim")
-        _positive(self, "width", "latent_width", "downsample_stages", "depth", "dilation_base")
+        _positive(
+            self, "width", "latent_width", "downsample_stages", "depth", "dilation_base", "groups", "residual"
+        )
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        if self.groups > 1 and self.quantizer == "vq":
+            raise ScaMoError(f"groups = {self.groups}: quantizer = 'vq' has none, only 'fsq' has")
+        if self.groups > 1 and self.residual > 1:
+            raise ScaMoError(
+                f"groups = {self.groups} and residual = {self.residual}: one of the two, not both together"
+            )
+        if self.residual > 1 and self.quantizer == "fsq":
+            levels = self.fsq_levels
+            # What the kernels can do: two levels do not get finer, and a float32 has 24 bits.
+            if min(levels) == 2 or (max(levels) - 1) ** (self.residual - 1) > 2**24:
+                raise ScaMoError(
+                    f"residual = {self.residual} with levels {list(levels)}: expected 3 levels or more a "
+                    f"channel and (L - 1)^(residual - 1) of at most 2^24"
+                )
 
     @property
     def fsq_levels(self) -> tuple[int, ...]:
@@ -89,13 +113,23 @@ class TokenizerConfig:
 
     @property
     def codes(self) -> int:
-        """Number of codes K: for "fsq" the product of the levels (64,000 for codebook_size 65536)."""
+        """Number of codes K of an index: for "fsq" the product of the levels (64,000 for 65536)."""
         if self.quantizer == "vq":
             return self.codebook_size
         product = 1
         for level in self.fsq_levels:
             product *= level
         return product
+
+    @property
+    def indices_per_token(self) -> int:
+        """Indices Q of a token: more than one with groups or residual stages."""
+        return self.groups * self.residual
+
+    @property
+    def bits_per_token(self) -> float:
+        """Q log2 K."""
+        return self.indices_per_token * math.log2(self.codes)
 
     @property
     def downsampling(self) -> int:
@@ -117,7 +151,15 @@ class TokenizerTrainingConfig:
         (down to `decay` of the rate; `milestone` is not used).
     latent_std: above 0, the start for short runs: Kaiming weights, and latents scaled to this deviation on
         the first batch. 0 keeps torch's default initialisation, as released.
-    noise_ratio: share of the run, at its start, in which noise of one level replaces the rounding.
+    noise_ratio: share of the run, at its start, in which noise of one level replaces the rounding; for "fsq"
+        without residual stages.
+    ema_decay: for "vq", of the moving averages that are its codebook.
+    commitment_weight: for "vq", weight of the squared distance of the latents from their entries.
+    reset_below: for "vq", an entry that is chosen less often than this, in the moving average of choices per
+        step, is replaced by a random latent of the batch; 0 for never.
+    reset_averages: for "vq", the averages of a replaced entry begin anew too, with its latent and the count
+        `reset_below`, so that being chosen once a step keeps it; false keeps them, as released.
+    quantizer_dropout: probability that a step uses only the first of the residual stages, a random number.
     precision: of the convolutions: float32, bfloat16, or auto (bfloat16 where matrix units make it fast).
     """
 
@@ -133,6 +175,11 @@ class TokenizerTrainingConfig:
     decay: float = 0.05
     latent_std: float = 0.0
     noise_ratio: float = 0.0
+    ema_decay: float = 0.99
+    commitment_weight: float = 0.02
+    reset_below: float = 1.0
+    reset_averages: bool = False
+    quantizer_dropout: float = 0.0
     feature_weight: float = 1.0
     position_weight: float = 0.5
     extremity_weight: float = 0.0
@@ -152,6 +199,13 @@ class TokenizerTrainingConfig:
             raise ScaMoError(f"schedule = {self.schedule!r}: expected step or cosine")
         if not 0 <= self.noise_ratio <= 1:
             raise ScaMoError(f"noise_ratio = {self.noise_ratio}: expected a share of the run in [0, 1]")
+        _not_negative(self, "commitment_weight", "reset_below")
+        if not 0 <= self.ema_decay < 1:
+            raise ScaMoError(f"ema_decay = {self.ema_decay}: expected a decay in [0, 1)")
+        if not 0 <= self.quantizer_dropout <= 1:
+            raise ScaMoError(
+                f"quantizer_dropout = {self.quantizer_dropout}: expected a probability in [0, 1]"
+            )
 
 
 @dataclass(frozen=True)
@@ -236,8 +290,10 @@ class ModelConfig:
 
     size names a row of Tab. 1; layers, heads and width override it, and stand alone when size is "".
     codes (the number K of motion tokens) and text_width are taken from the dataset when they are 0.
-    text: "words", all text states as a bidirectional prefix (ScaMo), or "sentence", their mean as a prefix of
-        one position: a sentence embedding and causal attention (the T2M-GPT style of the paper's Tab. 2).
+    text: "words", all text states as a prefix (ScaMo), or "sentence", their mean as a prefix of one position:
+        a sentence embedding and causal attention (the T2M-GPT style of the paper's Tab. 2).
+    prefix: text states see each other in both directions, "bidirectional" (ScaMo), or only those before them,
+        "causal". A sentence's one position is the same either way.
     null_text: the model was trained without text now and then (training.drop_text, by which the trainer sets
         it), so that generation can guide it.
     """
@@ -251,6 +307,7 @@ class ModelConfig:
     max_text: int = 150
     max_motion: int = 50
     text: str = "words"
+    prefix: str = "bidirectional"
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
     null_text: bool = False
@@ -264,6 +321,7 @@ class ModelConfig:
                 object.__setattr__(self, name, getattr(self, name) or value)
         _positive(self, "layers", "heads", "width", "max_text", "max_motion")
         _one_of(self, "text", "words", "sentence")
+        _one_of(self, "prefix", "bidirectional", "causal")
         if self.width % self.heads:
             raise ScaMoError(f"width = {self.width} does not divide by heads = {self.heads}")
         if self.head_dim % 4 or self.head_dim > 128:
@@ -284,6 +342,10 @@ class ModelConfig:
     def max_positions(self) -> int:
         """Text, motion and EOS: 201 in the paper."""
         return self.max_text + self.max_motion + 1
+
+    def both_ways(self, prefixes: Any) -> Any:
+        """Of prefix lengths, an array or tensor, what is read in both directions: all, or 0 of each."""
+        return prefixes if self.prefix == "bidirectional" else prefixes * 0
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from scamo.models.prefix_lm import PrefixLM
 from scamo.motion.representation import Representation
 from scamo.tokenizers import load_tokenizer
 from scamo.tokenizers.autoencoder import MotionAutoencoder, read_tokenizer
+from scamo.tokenizers.encode import check_one_index
 from scamo.weights import (
     CONFIG,
     WEIGHTS,
@@ -321,7 +322,8 @@ def load_transformer(
 
 
 def check_codes(config: ModelConfig, tokenizer: MotionAutoencoder, where: str) -> None:
-    """Raises ScaMoError when the tokenizer and the transformer do not have the same number of codes."""
+    """Raises ScaMoError when the tokenizer and the transformer do not have the same codes, one a token."""
+    check_one_index(tokenizer.config, where)
     if tokenizer.codes != config.codes:
         raise ScaMoError(
             f"{where}: the tokenizer has {tokenizer.codes} codes, "

@@ -1,6 +1,7 @@
 """The convolutional Motion FSQ-VAE and its VQ baseline (paper section 3.1; layers of the released code).
 
-Shapes: B motions, T frames, C features a frame, W width, E latent width, N tokens = T // downsampling.
+Shapes: B motions, T frames, C features a frame, W width, E latent width, N tokens = T // downsampling, Q
+indices a token: where it is 1, (B, N); with groups or residual stages, (B, N, Q).
 Activations are (B, T, W), so that channels are contiguous: 1x1 convolutions are plain matrix products, and
 wider ones get the channels-last layout without a copy (in bf16 on a CPU 1.2 times as fast as Conv1d).
 """
@@ -128,8 +129,9 @@ class Decoder(nn.Module):
 class Reconstruction(NamedTuple):
     """What a forward pass gives, with gradients but for the indices.
 
-    features: normalised, float32 (B, N * downsampling, C); indices: int32 (B, N); z: what they were chosen
-    for, float32: with FSQ what was bounded and rounded, (B, N, channels), with VQ the latents, (B, N, E).
+    features: normalised, float32 (B, N * downsampling, C); indices: int32 (B, N) or (B, N, Q); z: what they
+    were chosen for, float32: with FSQ what was bounded and rounded, (B, N, channels), with VQ the latents,
+    (B, N, E).
     """
 
     features: Tensor
@@ -170,9 +172,11 @@ class MotionAutoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         if config.quantizer == "vq":
-            self.quantizer = VQ(config.codes, config.latent_width)
+            self.quantizer = VQ(config.codes, config.latent_width, config.residual)
         else:
-            self.quantizer = FSQ(config.fsq_levels, config.latent_width)
+            self.quantizer = FSQ(
+                config.fsq_levels, config.latent_width, groups=config.groups, residual=config.residual
+            )
         self.decoder = Decoder(config)
         for name, value, default in (("mean", mean, 0.0), ("std", std, 1.0)):
             tensor = torch.full((config.feature_dim,), default)
@@ -186,7 +190,7 @@ class MotionAutoencoder(nn.Module):
 
     @property
     def codes(self) -> int:
-        """Number of codes K."""
+        """Number of codes K of an index."""
         return self.config.codes
 
     @property
@@ -198,17 +202,19 @@ class MotionAutoencoder(nn.Module):
         """Raw features (..., C) -> float32 (..., C) of mean 0 and deviation about 1."""
         return (features.float() - self.mean) / self.std
 
-    def forward(self, normalized: Tensor, noise: Tensor | None = None) -> Reconstruction:
+    def forward(
+        self, normalized: Tensor, noise: Tensor | None = None, stages: int | None = None
+    ) -> Reconstruction:
         """Normalised features (B, T, C) -> their reconstruction, T floored to whole tokens.
 
         Under autocast the convolutions run in its dtype; the quantiser stays in float32. noise: see FSQ; VQ
-        takes none.
+        takes none. stages: only the first so many residual stages, which Q then counts.
         """
-        quantised, indices, z = self.quantizer(self.encoder(self._whole_tokens(normalized)), noise)
+        quantised, indices, z = self.quantizer(self.encoder(self._whole_tokens(normalized)), noise, stages)
         return Reconstruction(self.decoder(quantised).float(), indices, z)
 
     def encode(self, features: Tensor) -> Tensor:
-        """Raw features (B, T, C) -> indices int32 (B, T // downsampling); frames past a whole token are cut.
+        """Raw features (B, T, C) -> indices int32 (B, N) or (B, N, Q); frames past a whole token are cut.
 
         The convolutions see zeros past either end, so a motion that is padded to a longer one gets other
         tokens near its end: batch motions of one length only (as `scamo.tokenizers.encode.encode_motions`).
@@ -218,12 +224,15 @@ class MotionAutoencoder(nn.Module):
         return self.quantizer(self.encoder(self.normalize(self._whole_tokens(features))))[1]
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Indices (B, N) int32 or int64 -> raw features float32 (B, N * downsampling, C).
+        """Indices (B, N) or (B, N, Q), int32 or int64 -> raw features float32 (B, N * downsampling, C).
 
         Raises ScaMoError on another shape or an index outside 0 .. K-1.
         """
-        if indices.dim() != 2 or indices.shape[1] == 0:
-            raise ScaMoError(f"tokens: shape {tuple(indices.shape)}, expected (batch, at least 1)")
+        last = self.config.indices_per_token
+        expected = (last,) if last > 1 else ()
+        if indices.dim() < 2 or indices.shape[1] == 0 or indices.shape[2:] != expected:
+            many = f", {last}" if last > 1 else ""
+            raise ScaMoError(f"tokens: shape {tuple(indices.shape)}, expected (batch, at least 1{many})")
         low, high = (int(value) for value in torch.aminmax(indices))
         if low < 0 or high >= self.codes:
             raise ScaMoError(f"tokens from {low} to {high}: this tokenizer has codes 0 to {self.codes - 1}")
@@ -302,6 +311,11 @@ class VQAutoencoder(MotionAutoencoder):
 
 
 KINDS: dict[str, type[MotionAutoencoder]] = {kind.FORMAT: kind for kind in (FSQAutoencoder, VQAutoencoder)}
+
+
+def kind_of(config: TokenizerConfig) -> type[MotionAutoencoder]:
+    """The class that is built of a config."""
+    return next(kind for kind in KINDS.values() if config.quantizer == kind.QUANTIZER)
 
 
 def read_tokenizer(folder: Path, kinds: Mapping[str, type[MotionAutoencoder]] = KINDS) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from scamo.config import TokenizerConfig
 from scamo.data.dataset import MotionDataset, write_tokens
 from scamo.data.storage import sha256_of
 from scamo.device import resolve_device
@@ -45,8 +46,9 @@ def encode_motions(
 ) -> list[NDArray[np.int32]]:
     """Encode motions of any lengths, each as if alone.
 
-    motions: arrays (T, C) of raw features. Returns int32 arrays (T // downsampling,), empty for a motion
-    shorter than a token. Raises ScaMoError naming a motion that is not finite or of another width.
+    motions: arrays (T, C) of raw features. Returns int32 arrays (N,), N = T // downsampling, or (N, Q)
+    where a token has several indices; empty for a motion shorter than a token. Raises ScaMoError naming a
+    motion that is not finite or of another width.
     """
     lengths = []
     for index, motion in enumerate(motions):
@@ -54,7 +56,8 @@ def encode_motions(
             expected = f"(frames, {tokenizer.config.feature_dim})"
             raise ScaMoError(f"motion {index}: shape {motion.shape}, expected {expected}")
         lengths.append(motion.shape[0])
-    tokens = [np.empty(0, dtype=np.int32)] * len(lengths)
+    several = (tokenizer.config.indices_per_token,) if tokenizer.config.indices_per_token > 1 else ()
+    tokens = [np.empty((0, *several), dtype=np.int32)] * len(lengths)
     for batch in length_groups(lengths, tokenizer.downsampling, batch_frames):
         for index, indices in zip(batch, encode_batch(tokenizer, motions, batch)[1], strict=True):
             tokens[index] = indices.cpu().numpy()
@@ -65,7 +68,7 @@ def encode_motions(
 def encode_batch(
     tokenizer: MotionAutoencoder, motions: Sequence[NDArray[np.float32]], batch: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Motions `batch`, of one number of tokens -> raw features (B, T, C) and indices int32 (B, N).
+    """Motions `batch`, of one number of tokens -> raw features (B, T, C) and indices as `encode` gives them.
 
     Both on the tokenizer's device. Raises ScaMoError naming a motion that is not finite.
     """
@@ -81,9 +84,10 @@ def encode_batch(
 def decode_tokens(
     tokenizer: MotionAutoencoder, tokens: Sequence[NDArray[np.integer]], *, batch_frames: int = BATCH_FRAMES
 ) -> list[NDArray[np.float32]]:
-    """Decode token arrays (n,) of any lengths, each as if alone -> raw float32 (n * downsampling, C).
+    """Decode token arrays (n,) or (n, Q) of any lengths, each as if alone.
 
-    Raises ScaMoError for an empty array, or a token outside 0 .. K-1.
+    Returns raw features, float32 (n * downsampling, C). Raises ScaMoError for an empty array, or a
+    token outside 0 .. K-1.
     """
     lengths = [len(array) * tokenizer.downsampling for array in tokens]
     if not all(lengths):
@@ -128,6 +132,15 @@ def open_matching(tokenizer: MotionAutoencoder, dataset_folder: str | Path) -> M
     return dataset
 
 
+def check_one_index(config: TokenizerConfig, where: str | Path) -> None:
+    """Raises ScaMoError for a tokenizer whose tokens the transformer cannot take: several indices each."""
+    if config.indices_per_token > 1:
+        raise ScaMoError(
+            f"{where}: this tokenizer has {config.indices_per_token} indices a token (groups = "
+            f"{config.groups}, residual = {config.residual}); the transformer takes one"
+        )
+
+
 def encode_dataset(
     tokenizer_folder: str | Path,
     dataset_folder: str | Path,
@@ -153,11 +166,12 @@ def encode_dataset(
         The folder that was written.
 
     Raises:
-        ScaMoError: a folder that does not open or fit, tokens of that name without `overwrite`, or features
-            that are not finite; nothing is left behind.
+        ScaMoError: a folder that does not open or fit, a tokenizer of several indices a token, tokens of that
+            name without `overwrite`, or features that are not finite; nothing is left behind.
     """
     tokenizer_folder = Path(tokenizer_folder).resolve()
     tokenizer = load_tokenizer(tokenizer_folder, resolve_device(device))
+    check_one_index(tokenizer.config, tokenizer_folder)
     dataset = open_matching(tokenizer, dataset_folder)
     name = name or tokenizer_folder.name
     if (dataset.folder / "tokens" / name).exists() and not overwrite:

@@ -37,10 +37,18 @@ COLLAPSE_SHARE = 0.05
 def codebook_statistics(counts: Tensor) -> dict[str, Any]:
     """What the counts (K,) of a codebook's codes say: tokens, utilisation, exp_entropy, collapsed.
 
+    Counts (Q, K) of the indices of a token give `per_index`, a list of these four for each; tokens is then
+    their sum, utilisation and exp_entropy their means, and collapsed is true when one of them is.
+
     utilisation: share of the codes that occur. exp_entropy: exp(-sum p log p), as many codes as an even use
     would need. collapsed: exp_entropy below COLLAPSE_SHARE of min(K, tokens), which is the most it can be.
     Raises ScaMoError when nothing was counted.
     """
+    if counts.dim() > 1:
+        parts = [codebook_statistics(part) for part in counts]
+        means = {key: sum(part[key] for part in parts) / len(parts) for key in ("utilisation", "exp_entropy")}
+        collapsed = any(part["collapsed"] for part in parts)
+        return {"tokens": int(counts.sum())} | means | {"collapsed": collapsed, "per_index": parts}
     total = int(counts.sum())
     if total == 0:
         raise ScaMoError("no tokens to count")
@@ -77,7 +85,8 @@ def reconstruction_metrics(
     """
     device = tokenizer.mean.device
     representation = Representation.find(tokenizer.config.feature_dim)
-    counts = torch.zeros(tokenizer.codes, dtype=torch.int64, device=device)
+    several = tokenizer.config.indices_per_token
+    counts = torch.zeros(several, tokenizer.codes, dtype=torch.int64, device=device)
     sums: dict[str, float] = defaultdict(float)
     frames = steps = bends = compared = 0
     total = int((np.asarray(lengths) // tokenizer.downsampling).sum())
@@ -88,7 +97,8 @@ def reconstruction_metrics(
         for batch in length_groups(lengths, tokenizer.downsampling, batch_frames):
             features, indices = encode_batch(tokenizer, motions, batch)
             decoded = tokenizer.decode(indices)
-            counts += code_histogram(indices, tokenizer.codes)
+            for count, stream in zip(counts, indices.view(-1, several).unbind(-1), strict=True):
+                count += code_histogram(stream, tokenizer.codes)
             size, length, width = features.shape
             compared, frames = compared + size, frames + size * length
             sums["l1"] += float(((decoded - features) / tokenizer.std).abs().double().sum()) / width
@@ -100,7 +110,7 @@ def reconstruction_metrics(
                 sums["root_mm"] += now * root_error(made, true)
                 sums["velocity_mm_s"] += step * velocity_error(made, true, fps)
                 sums["acceleration_mm_s2"] += bend * acceleration_error(made, true, fps)
-            bar.update(indices.numel())
+            bar.update(indices.shape[0] * indices.shape[1])
     if compared == 0:
         raise ScaMoError(
             f"none of the {len(lengths)} motions has {tokenizer.downsampling} frames, which one token needs"
@@ -118,7 +128,7 @@ def reconstruction_metrics(
             "velocity_mm_s": sums["velocity_mm_s"] / max(steps, 1),
             "acceleration_mm_s2": sums["acceleration_mm_s2"] / max(bends, 1),
         }
-    return report | codebook_statistics(counts)
+    return report | codebook_statistics(counts if several > 1 else counts[0])
 
 
 def evaluate_tokenizer(
@@ -139,8 +149,8 @@ def evaluate_tokenizer(
         progress: show a bar.
 
     Returns:
-        `reconstruction_metrics` and split, codes (K), tokens_per_second of motion, bits_per_second
-        (tokens_per_second log2 K).
+        `reconstruction_metrics` and split, codes (K), indices_per_token (Q), tokens_per_second (indices per
+        second of motion), bits_per_second (tokens_per_second log2 K).
 
     Raises:
         ScaMoError: a folder that does not open or fit, an unknown or empty split.
@@ -151,11 +161,12 @@ def evaluate_tokenizer(
     if not len(motions):
         raise ScaMoError(f"{dataset.folder}: the split {split} is empty")
     metrics = reconstruction_metrics(tokenizer, motions, motions.lengths, fps=dataset.fps, progress=progress)
-    rate = dataset.fps / tokenizer.downsampling
+    rate, config = dataset.fps / tokenizer.downsampling, tokenizer.config
     head = {
         "split": split,
         "codes": tokenizer.codes,
-        "tokens_per_second": rate,
-        "bits_per_second": rate * math.log2(tokenizer.codes),
+        "indices_per_token": config.indices_per_token,
+        "tokens_per_second": rate * config.indices_per_token,
+        "bits_per_second": rate * config.bits_per_token,
     }
     return head | metrics

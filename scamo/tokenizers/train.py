@@ -1,4 +1,7 @@
-"""Training of the Motion FSQ-VAE: random windows, SmoothL1, AdamW (paper eq. 4 and Tab. 4)."""
+"""Training of the motion tokenizers, all by one recipe: random windows, SmoothL1, AdamW (paper Tab. 4).
+
+FSQ has the reconstruction loss alone (eq. 4); VQ adds the commitment (eq. 2), and averages move its codebook.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,11 @@ from scamo.device import resolve_device
 from scamo.errors import ScaMoError
 from scamo.motion.body import Body
 from scamo.motion.representation import Representation
-from scamo.tokenizers.autoencoder import Conv, FSQAutoencoder, ResidualBlock
+from scamo.tokenizers.autoencoder import Conv, MotionAutoencoder, ResidualBlock, kind_of
+from scamo.tokenizers.average import CodebookAverage
 from scamo.tokenizers.encode import ItemFeatures
 from scamo.tokenizers.evaluate import COLLAPSE_SHARE, reconstruction_metrics
+from scamo.tokenizers.vq import VQ
 
 # Each of up to 8 levels is reached within |z| < 1.43; here the slope of tanh is 0.18.
 SATURATED = 1.5
@@ -133,12 +138,15 @@ def learning_rate(config: TokenizerTrainingConfig, step: int) -> float:
 
 
 @torch.no_grad()
-def spread_latents(model: FSQAutoencoder, normalized: Tensor, std: float, generator: torch.Generator) -> None:
+def spread_latents(
+    model: MotionAutoencoder, normalized: Tensor, std: float, generator: torch.Generator
+) -> None:
     """Start a short training with latents that use the codebook.
 
-    Kaiming weights for every convolution and small residual branches, then `project_in` scaled and shifted so
-    that on `normalized` (B, T, C) each channel has mean 0 and deviation `std`. Left alone, the latents start
-    within a twentieth of a level, and hundreds of steps pass before the rounding gives a signal.
+    Kaiming weights for every convolution and small residual branches, then `project_in` (of a VQ, which has
+    none, the encoder's last convolution) scaled and shifted so that on `normalized` (B, T, C) each channel
+    has mean 0 and deviation `std`. Left alone, FSQ's latents start within a twentieth of a level, and
+    hundreds of steps pass before the rounding gives a signal.
     """
     for module in model.modules():
         if isinstance(module, Conv):
@@ -147,11 +155,15 @@ def spread_latents(model: FSQAutoencoder, normalized: Tensor, std: float, genera
     for module in model.modules():
         if isinstance(module, ResidualBlock):
             module.conv2.weight.mul_(0.2)
-    quantizer = model.quantizer
-    z = quantizer.project_in(model.encoder(normalized)).flatten(0, 1)
+    z = model.encoder(normalized)
+    last = cast(nn.Conv1d | nn.Linear, model.encoder.model[-1])
+    if not isinstance(model.quantizer, VQ):
+        last = model.quantizer.project_in
+        z = last(z)
+    z = z.flatten(0, 1)
     scale = std / z.std(0).clamp_min(1e-6)
-    quantizer.project_in.weight.mul_(scale[:, None])
-    quantizer.project_in.bias.sub_(z.mean(0)).mul_(scale)
+    last.weight.mul_(scale.view(-1, *[1] * (last.weight.dim() - 1)))
+    cast(Tensor, last.bias).sub_(z.mean(0)).mul_(scale)
 
 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
@@ -166,6 +178,28 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
     else:
         has = torch.cpu.get_capabilities().get("amx_bf16", False)
     return precision == "bfloat16" or (precision == "auto" and has)
+
+
+def check_recipe(config: TokenizerRunConfig) -> None:
+    """Raises ScaMoError, naming both keys, for a training that the quantiser has no use for."""
+    tokenizer, training = config.tokenizer, config.training
+    kind = f"tokenizer.quantizer = {tokenizer.quantizer!r}"
+    if training.noise_ratio > 0 and tokenizer.quantizer == "vq":
+        raise ScaMoError(f"training.noise_ratio = {training.noise_ratio} with {kind}: there is no rounding")
+    if training.noise_ratio > 0 and tokenizer.residual > 1:
+        raise ScaMoError(
+            f"training.noise_ratio = {training.noise_ratio} with tokenizer.residual = {tokenizer.residual}: "
+            "noise replaces the rounding of one stage only"
+        )
+    if training.saturation_weight > 0 and tokenizer.quantizer == "vq":
+        raise ScaMoError(
+            f"training.saturation_weight = {training.saturation_weight} with {kind}: there is no tanh"
+        )
+    if training.quantizer_dropout > 0 and tokenizer.residual == 1:
+        raise ScaMoError(
+            f"training.quantizer_dropout = {training.quantizer_dropout} with tokenizer.residual = 1: there "
+            "are no stages to leave out"
+        )
 
 
 def train_tokenizer(
@@ -197,16 +231,13 @@ def train_tokenizer(
         The last validation's metrics (see `reconstruction_metrics`; empty without a val split) and the loss.
 
     Raises:
-        ScaMoError: the dataset does not open or fit, no clip is as long as a window, OUT exists, the
-            quantizer is not "fsq", or the loss stops being finite; OUT is then not written.
+        ScaMoError: the dataset does not open or fit, no clip is as long as a window, OUT exists, a setting is
+            not for the quantiser, or the loss stops being finite; OUT is then not written.
     """
     out = Path(out_folder)
     if out.exists() and not overwrite:
         raise ScaMoError(f"{out} exists: choose another name, or ask for it to be overwritten")
-    if config.tokenizer.quantizer != "fsq":
-        raise ScaMoError(
-            f"tokenizer.quantizer = {config.tokenizer.quantizer!r} cannot be trained yet: expected 'fsq'"
-        )
+    check_recipe(config)
     training, where = config.training, resolve_device(device)
     bfloat16 = use_bfloat16(training.precision, where)
     dataset = MotionDataset.open(dataset_folder)
@@ -260,12 +291,13 @@ class _Run:
         self.collapsed = False
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.training.seed)
-            self.model = FSQAutoencoder(config.tokenizer, dataset.mean, dataset.std)
+            self.model = kind_of(config.tokenizer)(config.tokenizer, dataset.mean, dataset.std)
         if self.training.latent_std > 0:
             first = self.model.normalize(windows.batch(0))
             generator = torch.Generator().manual_seed(self.training.seed)
             spread_latents(self.model, first, self.training.latent_std, generator)
         self.model.to(device)
+        self.average = self._start_codebook() if isinstance(self.model.quantizer, VQ) else None
         self.weights = feature_weights(self.training, dataset.feature_dim).to(device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -273,6 +305,28 @@ class _Run:
             weight_decay=self.training.weight_decay,
             fused=True,
         )
+
+    def _start_codebook(self) -> CodebookAverage:
+        """The codebook of latents of the first batches, as many as have one for each entry."""
+        quantizer, training = cast(VQ, self.model.quantizer), self.training
+        average = CodebookAverage(
+            quantizer,
+            decay=training.ema_decay,
+            reset_below=training.reset_below,
+            reset_averages=training.reset_averages,
+        )
+        rows = training.batch_size * training.window // self.config.tokenizer.downsampling
+        latents = []
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            for step in range(-(-self.model.codes // rows)):
+                batch = self.model.normalize(self.windows.batch(step).to(self.device))
+                latents.append(self.model.encoder(batch).float().flatten(0, 1))
+        average.start(torch.cat(latents), self._rng(2))
+        return average
+
+    def _rng(self, purpose: int) -> np.random.Generator:
+        """Random numbers of this step: a function of (seed, step, purpose)."""
+        return np.random.default_rng((self.training.seed, self.step, purpose))
 
     def train(self, unfinished: Path) -> dict[str, Any]:
         training = self.training
@@ -320,8 +374,11 @@ class _Run:
         """One step of the optimiser; returns its loss, detached."""
         true = self.model.normalize(self.windows.batch(self.step).to(self.device))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            made = self.model(true, self._noise())
+            made = self.model(true, self._noise(), self._stages())
         loss = reconstruction_loss(made.features, true, self.weights)
+        if self.average is not None:
+            distance = self.average.quantizer.commitment(made.z, made.indices)
+            loss = loss + self.training.commitment_weight * distance
         if self.training.saturation_weight:
             loss = loss + self.training.saturation_weight * saturation(made.z)
         self.optimizer.zero_grad()
@@ -331,6 +388,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.training, self.step)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(made.z.detach(), made.indices, self._rng(3))
         return loss.detach()
 
     def _noise(self) -> Tensor | None:
@@ -338,9 +397,17 @@ class _Run:
         training, tokenizer = self.training, self.config.tokenizer
         if self.step >= training.noise_ratio * training.steps:
             return None
-        rng = np.random.default_rng((training.seed, self.step, 1))
-        shape = training.batch_size, training.window // tokenizer.downsampling, len(tokenizer.fsq_levels)
-        return torch.from_numpy(rng.random(shape, dtype=np.float32) - 0.5).to(self.device)
+        channels = tokenizer.groups * len(tokenizer.fsq_levels)
+        shape = training.batch_size, training.window // tokenizer.downsampling, channels
+        return torch.from_numpy(self._rng(1).random(shape, dtype=np.float32) - 0.5).to(self.device)
+
+    def _stages(self) -> int | None:
+        """How many residual stages this step uses when it leaves some out: a function of (seed, step)."""
+        if not self.training.quantizer_dropout:
+            return None
+        rng = self._rng(4)
+        left_out = rng.random() < self.training.quantizer_dropout
+        return int(rng.integers(1, self.config.tokenizer.residual)) if left_out else None
 
     def _validate(self) -> dict[str, Any]:
         self.model.eval()
@@ -355,7 +422,7 @@ class _Run:
             f"exp. entropy {metrics['exp_entropy']:.0f} of {self.model.codes}"
         )
         if metrics["collapsed"] and not self.collapsed:
-            most = min(self.model.codes, metrics["tokens"])
+            most = min(self.model.codes, metrics["tokens"] // self.config.tokenizer.indices_per_token)
             self._say(
                 f"warning: the codebook has collapsed at step {self.step}: exp. entropy "
                 f"{metrics['exp_entropy']:.1f} is below {COLLAPSE_SHARE:.0%} of the {most} it could be",
