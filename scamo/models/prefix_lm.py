@@ -1,4 +1,4 @@
-"""ScaMo's transformer (paper section 3.2): text states as a bidirectional prefix, then motion tokens.
+"""ScaMo's transformer (paper section 3.2): text states as a prefix, bidirectional or causal, then motion.
 
 Sizes are those of Tab. 1. Positions are packed (scamo.data.batches): no layer computes on padding.
 
@@ -187,10 +187,11 @@ class PrefixLM(nn.Module):
         text = self.text_projection(batch.text_states.to(self.dtype))
         x = _Interleave.apply(text, self.embedding(batch.motion_tokens), batch.text_rows, batch.motion_rows)
         rope, branch = self._rope(x.device), None
+        prefix_lengths = self.config.both_ways(batch.prefix_lengths)
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             rows = batch.scored_rows if index == last else None
-            inputs = x, branch, rope, batch.cu_seqlens, batch.prefix_lengths, batch.max_seqlen, rows
+            inputs = x, branch, rope, batch.cu_seqlens, prefix_lengths, batch.max_seqlen, rows
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, branch = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -247,7 +248,7 @@ class PrefixLM(nn.Module):
         is_text = position < text[sample]
         row, position = torch.tensor(rows)[sample].to(device), position.to(device)
         cu_seqlens = torch.cat((ends.new_zeros(1), ends)).to(device, torch.int32)
-        prefix_lengths = text.to(device, torch.int32)
+        prefix_lengths = self.config.both_ways(text.to(device, torch.int32))
 
         x = self.text_projection(torch.cat(prefixes).to(device, self.dtype))
         codes = [code for start in starts for code in start]

@@ -45,7 +45,10 @@ def parameters(model: ModelConfig) -> int:
 
 
 def attended_pairs(lengths: ArrayLike, prefixes: ArrayLike) -> int:
-    """(query, key) pairs that the prefix-causal mask allows, over all samples."""
+    """(query, key) pairs that the prefix-causal mask allows, over all samples.
+
+    prefixes: what is read in both directions, see `ModelConfig.both_ways`.
+    """
     length, prefix = np.asarray(lengths, dtype=np.int64), np.asarray(prefixes, dtype=np.int64)
     return int((prefix**2 + (length - prefix) * (length + prefix + 1) // 2).sum())
 

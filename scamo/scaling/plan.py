@@ -308,7 +308,7 @@ def _model_and_data(
     text = 1 if model.text == "sentence" else min(TEXT_LENGTH, model.max_text)
     motion = min(MOTION_LENGTH, model.max_motion)
     notes.append(f"samples of {text} text and {motion} motion positions assumed: give --dataset")
-    pairs = attended_pairs([text + motion], [text])
+    pairs = attended_pairs([text + motion], model.both_ways(np.array([text])))
     data = Data(text, motion, pairs, model.max_positions - 1, motion_tokens)
     return model, _drop_text(data, run.training.drop_text, [motion])
 
@@ -353,7 +353,8 @@ def _from_dataset(run: RunConfig, folder: Path) -> tuple[ModelConfig, Data]:
     length = prefix + np.repeat(motion, counts)
     # A draw takes an item, then one of its captions.
     weight = np.repeat(1 / (counts * len(items)), counts)
-    one = np.array([attended_pairs([n], [p]) for n, p in zip(length, prefix, strict=True)])
+    seen = model.both_ways(prefix)
+    one = np.array([attended_pairs([n], [p]) for n, p in zip(length, seen, strict=True)])
     data = Data(
         text=float(prefix @ weight),
         motion=float(motion.mean()),

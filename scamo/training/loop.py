@@ -366,6 +366,7 @@ class _Loop:
     def _train(self, start: int) -> tuple[int, int]:
         """Updates from `start` on. Returns (status, updates done)."""
         training, ranks, engine = self.training, self.ranks, self.engine
+        both_ways = self.job.config.model.both_ways
         self.engine.train()
         window = _Window()
         plan = self.job.plan
@@ -376,7 +377,7 @@ class _Loop:
             began = time.perf_counter()
             packed = next(steps)
             waited = time.perf_counter() - began
-            pairs = sum(attended_pairs(b.cu_seqlens.diff(), b.prefix_lengths) for b in packed)
+            pairs = sum(attended_pairs(b.cu_seqlens.diff(), both_ways(b.prefix_lengths)) for b in packed)
             batches = [batch.to(self.job.device, non_blocking=True) for batch in packed]
             scored = plan.scored(step)
             rate = learning_rate(step, training)

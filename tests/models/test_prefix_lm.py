@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from scamo.config import MODEL_SIZES, ModelConfig
+from scamo.config import MODEL_SIZES, ModelConfig, from_dict, to_dict
 from scamo.data.batches import Sample, collate
 from scamo.errors import ScaMoError
 from scamo.models.prefix_lm import PrefixLM
+from scamo.scaling.flops import attended_pairs
 
 K, TEXT = 11, 6
 CONFIG = ModelConfig(
@@ -42,6 +43,7 @@ SHAPES = [(3, 4), (1, 1), (12, 10), (5, 2)]
 
 def naive_logits(params, config, samples):
     """Per sample (m + 1, K + 1), from a padded batch, one pair of channels and one head at a time."""
+    both_ways = config.prefix == "bidirectional"
     lengths = [(len(s.text), len(s.motion)) for s in samples]
     longest = max(p + m for p, m in lengths)
     x = torch.zeros(len(samples), longest, config.width, dtype=torch.float64)
@@ -52,7 +54,7 @@ def naive_logits(params, config, samples):
         x[b, p : p + m] = params["embedding.weight"][torch.from_numpy(sample.motion)]
         for i in range(longest):
             for j in range(longest):
-                allowed[b, i, j] = j < (p if i < p else i + 1) and j < p + m
+                allowed[b, i, j] = j < (p if both_ways and i < p else i + 1) and j < p + m
 
     def norm(y, weight):
         return y / (y.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weight
@@ -84,15 +86,17 @@ def naive_logits(params, config, samples):
     return [logits[b, p - 1 : p + m] for b, (p, m) in enumerate(lengths)]
 
 
-def test_loss_and_every_gradient_equal_the_padded_implementation():
-    model = make_model()
+@pytest.mark.parametrize("prefix", ["bidirectional", "causal"])
+def test_loss_and_every_gradient_equal_the_padded_implementation(prefix):
+    config = replace(CONFIG, prefix=prefix)
+    model = make_model(config)
     samples = make_samples(SHAPES)
     batch = collate(samples, K)
     output = model(batch)
     output.loss_sum.backward()
 
     params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    logits = torch.cat(naive_logits(params, CONFIG, samples))
+    logits = torch.cat(naive_logits(params, config, samples))
     targets = torch.cat([torch.tensor([*s.motion, K]) for s in samples])
     losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     losses.sum().backward()
@@ -172,6 +176,55 @@ def test_a_sentence_is_the_mean_of_its_words_and_attention_is_causal():
         sample = Sample(text.mean(0, keepdim=True).numpy(), np.array([0]))
         expected = model.logits(collate([sample], K))[0]
         torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=0)
+
+
+def test_a_sentence_is_the_same_function_with_either_prefix():
+    """One position sees itself only: no bit of loss, gradients and generation differs, nor the counts."""
+    samples = [replace(s, text=s.text.mean(0, keepdims=True)) for s in make_samples(SHAPES)]
+    results = []
+    for prefix in ("bidirectional", "causal"):
+        model = make_model(replace(CONFIG, text="sentence", prefix=prefix), dtype=torch.float32)
+        batch = collate(samples, K)
+        output = model(batch)
+        output.loss_sum.backward()
+        cache, first = model.prefill([torch.from_numpy(s.text) for s in make_samples(SHAPES)], 1)
+        following = model.decode(cache, torch.arange(len(SHAPES)))
+        results.append([output.losses, *(p.grad for p in model.parameters()), cache.states, first, following])
+        pairs = attended_pairs(batch.cu_seqlens.diff(), model.config.both_ways(batch.prefix_lengths))
+        assert pairs == sum((m + 1) * (m + 2) // 2 for _, m in SHAPES)
+    assert all(map(torch.equal, *results))
+
+
+def test_a_causal_prefix_is_read_causally_by_training_generation_and_counts():
+    config = replace(CONFIG, prefix="causal")
+    model = make_model(config)
+    samples = make_samples(SHAPES)
+    batch = collate(samples, K)
+    pairs = attended_pairs(batch.cu_seqlens.diff(), config.both_ways(batch.prefix_lengths))
+    assert pairs == sum((p + m) * (p + m + 1) // 2 for p, m in SHAPES)
+    expected = [logits.detach() for logits in naive_logits(dict(model.named_parameters()), config, samples)]
+    both = naive_logits(dict(model.named_parameters()), CONFIG, samples)
+    assert (both[0] - expected[0]).abs().max() > 1e-3, "the mask matters here"
+    model = model.float()
+    prefixes = [torch.from_numpy(sample.text) for sample in samples]
+    rows = list(range(len(samples)))
+    # All motion at once behind the text, and token by token.
+    starts = [sample.motion.tolist() for sample in samples]
+    last = model.read_prefixes(model.new_cache(len(rows), 30), prefixes, rows, starts).double()
+    torch.testing.assert_close(last, torch.stack([logits[-1] for logits in expected]), atol=1e-5, rtol=0)
+    for sample, logits in zip(samples, expected, strict=True):
+        cache, first = model.prefill([torch.from_numpy(sample.text)], len(sample.motion))
+        made = [first, *(model.decode(cache, torch.tensor([token])) for token in sample.motion)]
+        torch.testing.assert_close(torch.cat(made).double(), logits, atol=1e-5, rtol=0)
+
+
+def test_a_model_that_says_nothing_of_its_prefix_reads_it_in_both_directions():
+    described = to_dict(CONFIG)
+    del described["prefix"]
+    assert from_dict(ModelConfig, described) == CONFIG
+    assert CONFIG.prefix == "bidirectional"
+    with pytest.raises(ScaMoError, match="prefix = 'both': expected bidirectional or causal"):
+        replace(CONFIG, prefix="both")
 
 
 def test_later_motion_never_reaches_earlier_logits():
