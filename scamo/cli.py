@@ -25,6 +25,7 @@ tokenizer = tyro.extras.SubcommandApp()
 evaluator = tyro.extras.SubcommandApp()
 importers = tyro.extras.SubcommandApp()
 scaling = tyro.extras.SubcommandApp()
+study = tyro.extras.SubcommandApp()
 
 
 @app.command
@@ -504,6 +505,44 @@ def prepare_union(
     prepare_union(config, out, overrides=set, overwrite=overwrite)
 
 
+@prepare.command(name="degrade")
+def prepare_degrade(
+    dataset: Positional[Path],
+    out: Positional[Path],
+    *,
+    keep: float = 1.0,
+    jitter: float = 0.0,
+    foot_skate: float = 0.0,
+    caption_noise: float = 0.0,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Write a dataset again with less or worse training data; val and test stay as they are.
+
+    Args:
+        dataset: the dataset to degrade, of 263 features.
+        out: the dataset folder to write.
+        keep: share of the train clips that stay.
+        jitter: deviation in metres of noise on every joint, frame by frame.
+        foot_skate: speed in m/s at which bodies drift over the floor.
+        caption_noise: chance of a caption to be swapped for another clip's.
+        seed: of all that is random.
+        overwrite: replace an existing dataset.
+    """
+    from scamo.data.prepare.degrade import degrade
+
+    degrade(
+        dataset,
+        out,
+        keep=keep,
+        jitter=jitter,
+        foot_skate=foot_skate,
+        caption_noise=caption_noise,
+        seed=seed,
+        overwrite=overwrite,
+    )
+
+
 @data.command(name="check")
 def data_check(
     dataset: Positional[Path],
@@ -632,7 +671,7 @@ def tokenizer_train(
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
-    """Train the Motion FSQ-VAE on the train split of a dataset.
+    """Train a motion tokenizer, FSQ or VQ, plain, grouped or residual, on the train split of a dataset.
 
     Args:
         dataset: the dataset folder.
@@ -656,6 +695,7 @@ def tokenizer_evaluate(
     dataset: Positional[Path],
     *,
     split: Literal["train", "val", "test"] = "val",
+    evaluator: Path | None = None,
     device: str = "auto",
 ) -> None:
     """Print the reconstruction error and the codebook use of a tokenizer as JSON.
@@ -664,11 +704,17 @@ def tokenizer_evaluate(
         tokenizer: the tokenizer folder.
         dataset: the dataset folder.
         split: which part of it; `scamo evaluate` has the tokenizer's row on the test split.
+        evaluator: folder of an evaluator, for the reconstruction's FID.
         device: auto, cpu or cuda.
     """
     from scamo.tokenizers.evaluate import evaluate_tokenizer
 
-    print(dumps(evaluate_tokenizer(tokenizer, dataset, split=split, device=device), indent=2))
+    report = evaluate_tokenizer(tokenizer, dataset, split=split, device=device)
+    if evaluator is not None:
+        from scamo.evaluation.reconstruction import reconstruction_fid
+
+        report["fid"] = reconstruction_fid(tokenizer, dataset, evaluator, split, device=device)
+    print(dumps(report, indent=2))
 
 
 @tokenizer.command(name="encode")
@@ -759,9 +805,13 @@ def scaling_run(
     """
     from scamo.scaling.grid import run_grid
 
-    failed = run_grid(config, overrides=set, dry_run=dry_run)
+    _exit_after(run_grid(config, overrides=set, dry_run=dry_run))
+
+
+def _exit_after(failed: Sequence[str]) -> None:
+    """Exit with status 1 if runs or cells failed; what went wrong has been said."""
     if failed:
-        print(f"scamo: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)
+        print(f"scamo: {len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -1540,6 +1590,127 @@ def demo(
     )
 
 
+@study.command(name="tokenizers")
+def study_tokenizers(
+    config: Positional[Path],
+    *,
+    set: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")]] = (),
+    dry_run: bool = False,
+) -> None:
+    """Train and compare tokenizers of all families and sizes; the same command goes on after a stop.
+
+    Args:
+        config: the TOML of the study, as configs/study_tokenizers_cpu.toml.
+        set: override a key of the config; may be repeated.
+        dry_run: only print the tokenizers.
+    """
+    from scamo.studies.tokenizers import run_tokenizer_study
+
+    _exit_after(run_tokenizer_study(config, overrides=set, dry_run=dry_run))
+
+
+@study.command(name="report")
+def study_report(
+    results: Positional[Path], *, out: Annotated[Path | None, arg(aliases=["-o"])] = None
+) -> None:
+    """Draw a study of tokenizers again from its results.jsonl.
+
+    Args:
+        results: the folder of the study.
+        out: folder for the report; the study's own without it.
+    """
+    from scamo.studies.tokenizer_report import report_tokenizer_study
+
+    print("\n".join(str(path) for path in report_tokenizer_study(results, out)))
+
+
+@study.command(name="text")
+def study_text(
+    config: Positional[Path],
+    *,
+    set: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")]] = (),
+    device: str = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Sentence or words, read causally or in both directions: train and measure each, over several seeds.
+
+    Args:
+        config: the TOML of the study, as configs/study_text.toml.
+        set: override a key of the config; may be repeated.
+        device: of the measurements: auto, cpu or cuda.
+        dry_run: only print the cells.
+    """
+    from scamo.studies.text import run_text_study
+
+    _exit_after(run_text_study(config, overrides=set, device=device, dry_run=dry_run))
+
+
+@study.command(name="data")
+def study_data(
+    config: Positional[Path],
+    *,
+    set: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")]] = (),
+    device: str = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Less data or worse data: train and measure every quantity with every quality.
+
+    Args:
+        config: the TOML of the study, as configs/study_data.toml.
+        set: override a key of the config; may be repeated.
+        device: of the measurements: auto, cpu or cuda.
+        dry_run: only print the cells.
+    """
+    from scamo.studies.data import run_data_study
+
+    _exit_after(run_data_study(config, overrides=set, device=device, dry_run=dry_run))
+
+
+@study.command(name="metrics")
+def study_metrics(
+    grid: Positional[Path],
+    *,
+    evaluator: Path,
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None,
+    protocol: Literal["humanml3d", "strict"] = "strict",
+    split: str = "test",
+    temperature: float = 1.0,
+    seed: int = 0,
+    text_following: bool = True,
+    device: str = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Measure every run of a grid (FID, R-precision, matching, diversity) and rank the metrics against L_u.
+
+    Args:
+        grid: the folder that `scamo scaling run` wrote.
+        evaluator: folder of an evaluator.
+        out: folder for the results and the report; GRID/metrics without it.
+        protocol: of the evaluation.
+        split: whose captions are the prompts.
+        temperature: of the sampling.
+        seed: of the sampling.
+        text_following: also with the checked-in prompts of the synthetic corpus.
+        device: auto, cpu or cuda.
+        dry_run: only print the runs.
+    """
+    from scamo.studies.metrics import run_metrics_study
+
+    failed = run_metrics_study(
+        grid,
+        evaluator,
+        out=out,
+        protocol=protocol,
+        split=split,
+        temperature=temperature,
+        seed=seed,
+        text_following=text_following,
+        device=device,
+        dry_run=dry_run,
+    )
+    _exit_after(failed)
+
+
 @app.command
 def quickstart(*, out: Out = Path("runs/quickstart"), ranks: int = 2) -> None:
     """The whole way once: corpus, tokenizer, ZeRO-3 training on the CPU, generation, measure, pictures.
@@ -1558,6 +1729,7 @@ app.command(data, name="data", help="Look into a dataset.")
 app.command(tokenizer, name="tokenizer", help="Train, evaluate and apply the motion tokenizer.")
 app.command(evaluator, name="evaluator", help="Train and judge the networks that metrics rest on.")
 app.command(importers, name="import", help="Convert published checkpoints.")
+app.command(study, name="study", help="Studies: tokenizers, text, data, and metrics against L_u.")
 app.command(scaling, name="scaling", help="Scaling laws: runs of a grid, fits and predictions.")
 
 

@@ -6,12 +6,8 @@ number of steps is found from the batches themselves, whose FLOPs are known befo
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +18,14 @@ from scamo.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, loa
 from scamo.data.batches import BatchPlan
 from scamo.data.dataset import MotionDataset
 from scamo.errors import ScaMoError
-from scamo.motion.files import replacing
-from scamo.scaling.flops import block_parameters, training_flops
+from scamo.scaling.flops import attended_pairs, block_parameters, training_flops
+from scamo.studies.cells import keep_settings, tail, train, trained
 from scamo.tokenizers.encode import encode_dataset
-from scamo.training.launch import ROOT
-from scamo.training.logging import read_log
 
 # Steps from which the attended pairs of a position are averaged.
 PROBED_STEPS = 8
-# Lines of a failed run's output that are shown.
-TAIL = 12
+# Keys of a grid to whose values more may come.
+ADDED = ("tokenizers", "models", "budgets", "seeds", "min_steps", "max_steps")
 
 
 @dataclass(frozen=True)
@@ -147,7 +141,7 @@ def plan_grid(config: GridConfig, *, progress: bool = True) -> list[Planned]:
             for seed in config.seeds:
                 training = replace(config.training, seed=seed, learning_rate=config.rule.of(model))
                 batches = BatchPlan.of(dataset, "train", tokens, text, model, training)
-                pairs = _pairs_a_position(batches, tokens.lengths, text.lengths, config)
+                pairs = _pairs_a_position(batches, tokens.lengths, text.lengths, model)
                 for budget in sorted(config.budgets):
                     steps, flops, scored = _steps_until(batches, model, budget, pairs, config.max_steps)
                     why = ""
@@ -188,18 +182,13 @@ def plan_grid(config: GridConfig, *, progress: bool = True) -> list[Planned]:
     return planned
 
 
-def _pairs_a_position(plan: BatchPlan, motion: Any, text: Any, config: GridConfig) -> float:
+def _pairs_a_position(plan: BatchPlan, motion: Any, text: Any, model: ModelConfig) -> float:
     """Attended pairs a position, from the draws of the first steps."""
-    pairs = positions = 0
-    for step in range(PROBED_STEPS):
-        for batch in plan.step(step):
-            for draw in batch:
-                prefix = min(int(text[draw.caption]), config.max_text) if draw.caption >= 0 else 1
-                # A scored position for every motion token; EOS is only a target.
-                length = prefix + int(motion[draw.item]) - (draw.drop > 0)
-                pairs += prefix**2 + (length - prefix) * (length + prefix + 1) // 2
-                positions += length
-    return pairs / positions
+    draws = [draw for step in range(PROBED_STEPS) for batch in plan.step(step) for draw in batch]
+    prefix = np.array([min(int(text[d.caption]), model.max_text) if d.caption >= 0 else 1 for d in draws])
+    # A scored position for every motion token; EOS is only a target.
+    length = prefix + np.array([int(motion[d.item]) - (d.drop > 0) for d in draws])
+    return attended_pairs(length, model.both_ways(prefix)) / int(length.sum())
 
 
 def _steps_until(
@@ -246,74 +235,21 @@ def run_grid(
     if dry_run:
         return []
     out = Path(config.out)
-    _write_plan(out / "grid.json", config)
+    # More sizes, budgets or seeds may come to a grid; what is common to its runs may not change.
+    keep_settings(out / "grid.json", to_dict(config), free=ADDED)
     failed = []
     chosen = [run for run in planned if not run.why]
     for number, run in enumerate(chosen, 1):
-        if _finished(Path(run.config.training.run)):
+        if trained(run.config.training.run):
             continue
         began = time.perf_counter()
-        status, output = _train(run, config)
+        status, output = train(run.config, ds_config=config.ds_config, ranks=config.ranks)
         if progress:
             print(f"{number}/{len(chosen)} {run.name}: {time.perf_counter() - began:.0f} s", flush=True)
         if status:
             failed.append(run.name)
-            lines = "\n    ".join(output.splitlines()[-TAIL:])
-            print(f"{run.name} failed with status {status}:\n    {lines}", file=sys.stderr, flush=True)
+            print(f"{run.name} failed with status {status}:\n{tail(output)}", file=sys.stderr, flush=True)
     return failed
-
-
-def _write_plan(path: Path, config: GridConfig) -> None:
-    described = to_dict(config)
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ScaMoError(f"{path}: cannot be read: {error}") from None
-        # More sizes, budgets or seeds may come to a grid; what is common to its runs may not change.
-        added = {"tokenizers", "models", "budgets", "seeds", "min_steps", "max_steps"}
-        changed = [key for key in described if key not in added and described[key] != before.get(key)]
-        if changed:
-            raise ScaMoError(f"{path.parent} holds a grid with other {', '.join(changed)}: name another out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-
-
-def _finished(run: Path) -> bool:
-    try:
-        ends = read_log(run / "log.jsonl", "end")
-    except (OSError, ValueError, KeyError):
-        return False
-    return bool(ends) and ends[-1].get("status") == 0
-
-
-def _train(run: Planned, config: GridConfig) -> tuple[int, str]:
-    """train.py in a process of its own: (exit status, output)."""
-    folder = Path(run.config.training.run)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    toml = folder.parent / f"{run.name}.toml"
-    with replacing(toml) as partial:
-        partial.write_text("".join(_toml(run.config)), encoding="utf-8")
-    start = [sys.executable]
-    if config.ranks > 1:
-        deepspeed = Path(sys.executable).parent / "deepspeed"
-        start = [str(deepspeed), "-q", "--num_gpus", str(config.ranks)]
-    command = [*start, str(ROOT / "train.py"), "--config", str(toml), "--resume", "auto"]
-    ds_config = Path(config.ds_config)
-    command += ["--ds_config", str(ds_config if ds_config.exists() else ROOT / ds_config)]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=os.environ
-    )
-    return done.returncode, done.stdout
-
-
-def _toml(config: RunConfig) -> Iterator[str]:
-    """TOML of a run; JSON's scalars and lists are TOML's."""
-    for section, values in to_dict(config).items():
-        yield f"[{section}]\n"
-        for key, value in values.items():
-            yield f"{key} = {json.dumps(value)}\n"
 
 
 def table(planned: list[Planned]) -> str:

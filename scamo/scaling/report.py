@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import html
-from collections.abc import Callable, Iterable
-from itertools import groupby
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scamo.motion.files import replacing
 from scamo.scaling import points as pts
 from scamo.scaling.fit import Fit, Laws, table
 from scamo.scaling.laws import interval
+from scamo.studies.plots import as_html, colours, figure, write_page, write_pictures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 
 # Points of a drawn law.
 SAMPLES = 60
-_COLOURS = "viridis"
 
 
 def write_report(fit: Fit, folder: str | Path) -> list[Path]:
@@ -39,67 +36,16 @@ def write_report(fit: Fit, folder: str | Path) -> list[Path]:
         "sizes": ("The best L_u of every size and vocabulary", _sizes),
         "held_out": ("The largest budget, foretold from the smaller ones", _held_out),
     }
-    written, parts = [], []
-    for name, (title, draw) in pictures.items():
-        figure = draw(fit)
-        if figure is None:
-            continue
-        path = folder / f"{name}.png"
-        with replacing(path) as partial:
-            figure.savefig(partial, dpi=110, format="png")
-        written.append(path)
-        data = base64.b64encode(path.read_bytes()).decode()
-        parts.append(
-            f"<h2>{html.escape(title)}</h2>\n"
-            f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
-        )
+    figures = {name: (title, draw(fit)) for name, (title, draw) in pictures.items()}
+    written, shown = write_pictures(folder, {n: (t, f) for n, (t, f) in figures.items() if f is not None})
     warnings = "".join(f"<li>{html.escape(warning)}</li>" for warning in fit.warnings)
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Scaling laws</title>
-<style>body{{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}}img{{max-width:100%}}
-table{{border-collapse:collapse}}td,th{{border:1px solid #ccc;padding:2px 8px;text-align:right}}</style>
-</head>
-<body><h1>Scaling laws</h1>
+    body = f"""<h1>Scaling laws</h1>
 <p>C, N_nv and N_v: {html.escape(fit.convention)}. D: motion tokens with a loss. L_u: nats, lower is
 better.</p>
 {f"<h2>Left out, and to know</h2><ul>{warnings}</ul>" if warnings else ""}
-{_as_html(table(fit))}
-{"".join(parts)}
-</body></html>
-"""
-    with replacing(folder / "report.html") as partial:
-        partial.write_text(page, encoding="utf-8")
-    return [*written, folder / "report.html"]
-
-
-def _as_html(markdown: str) -> str:
-    """Paragraphs and tables of what `fit.table` writes."""
-    blocks = []
-    for is_table, lines in groupby(markdown.splitlines(), key=lambda line: line.startswith("|")):
-        if not is_table:
-            blocks += [f"<p>{html.escape(line)}</p>" for line in lines if line]
-            continue
-        rows = [[html.escape(cell.strip()) for cell in line.strip("|").split("|")] for line in lines]
-        head = "".join(f"<th>{cell}</th>" for cell in rows[0])
-        body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows[2:])
-        blocks.append(f"<table><tr>{head}</tr>{body}</table>")
-    return "\n".join(blocks)
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _colours(keys: Iterable[Any]) -> dict[Any, Any]:
-    from matplotlib import colormaps
-
-    keys = sorted(set(keys))
-    return dict(zip(keys, colormaps[_COLOURS](np.linspace(0, 0.9, max(len(keys), 1))), strict=True))
+{as_html(table(fit))}
+{shown}"""
+    return [*written, write_page(folder / "report.html", "Scaling laws", body)]
 
 
 def _isoflop(fit: Fit) -> Figure | None:
@@ -108,10 +54,10 @@ def _isoflop(fit: Fit) -> Figure | None:
     if not groups:
         return None
     vocabularies = sorted({point.codes for near in groups.values() for point in near})
-    colours = _colours(groups)
-    figure = _figure(4.2 * len(vocabularies), 3.6)
+    shades = colours(groups)
+    drawn = figure(4.2 * len(vocabularies), 3.6)
     for k, codes in enumerate(vocabularies):
-        axes = figure.add_subplot(1, len(vocabularies), k + 1)
+        axes = drawn.add_subplot(1, len(vocabularies), k + 1)
         for budget, near in groups.items():
             by_size: dict[float, list[float]] = {}
             for point in near:
@@ -119,13 +65,13 @@ def _isoflop(fit: Fit) -> Figure | None:
                     by_size.setdefault(point.n_nv, []).append(point.l_u)
             sizes = sorted(by_size)
             means = [float(np.mean(by_size[n])) for n in sizes]
-            axes.plot(sizes, means, "o-", color=colours[budget], label=f"{budget:.1e}", markersize=4)
+            axes.plot(sizes, means, "o-", color=shades[budget], label=f"{budget:.1e}", markersize=4)
         axes.set(xscale="log", xlabel="N_nv", ylabel="L_u, nats", title=f"{codes:,d} codes")
         axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
         if k == 0:
             axes.legend(title="C, FLOPs", fontsize=7)
-    return figure
+    return drawn
 
 
 def _laws(fit: Fit) -> Figure | None:
@@ -136,10 +82,10 @@ def _laws(fit: Fit) -> Figure | None:
     laws, draws, chosen = fit.laws[name], fit.draws[name], fit.selected[name]
     compute = [p.compute for p in chosen]
     x = np.geomspace(min(compute) / 2, max(compute) * 10, SAMPLES)
-    figure = _figure(11, 7)
+    drawn = figure(11, 7)
     fields = (("n_nv", "N_nv"), ("n_v", "N_v"), ("tokens", "D, motion tokens"), ("l_u", "L_u, nats"))
     for k, (key, label) in enumerate(fields):
-        axes = figure.add_subplot(2, 2, k + 1)
+        axes = drawn.add_subplot(2, 2, k + 1)
         law = getattr(laws, key)
         axes.plot(compute, [getattr(p, key) for p in chosen], "o", color="#b9305a", markersize=5)
         axes.plot(x, law(x), color="#40505f")
@@ -154,7 +100,7 @@ def _laws(fit: Fit) -> Figure | None:
         if key != "l_u":
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
-    return figure
+    return drawn
 
 
 def _band(axes: Axes, x: Any, draws: list[Laws], key: str) -> None:
@@ -166,21 +112,21 @@ def _band(axes: Axes, x: Any, draws: list[Laws], key: str) -> None:
 
 
 def _curves(fit: Fit) -> Figure:
-    colours = _colours(run.n_nv(fit.convention) for run in fit.runs)
-    figure = _figure(9, 5)
-    axes = figure.add_subplot()
+    shades = colours(run.n_nv(fit.convention) for run in fit.runs)
+    drawn = figure(9, 5)
+    axes = drawn.add_subplot()
     named = set()
     for run in sorted(fit.runs, key=lambda run: run.n_nv(fit.convention)):
         label = "" if run.size in named else run.size
         named.add(run.size)
-        colour = colours[run.n_nv(fit.convention)]
+        colour = shades[run.n_nv(fit.convention)]
         axes.plot(run.compute(fit.convention), run.l_u, color=colour, alpha=0.6, label=label or None)
     lower = pts.envelope([point for run in fit.runs for point in pts.curve(run, fit.convention)])
     axes.plot([p.compute for p in lower], [p.l_u for p in lower], "k--", linewidth=1, label="envelope")
     axes.set(xscale="log", xlabel="C, FLOPs", ylabel="L_u, nats")
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
-    return figure
+    return drawn
 
 
 def _sizes(fit: Fit) -> Figure:
@@ -188,14 +134,14 @@ def _sizes(fit: Fit) -> Figure:
     order = {run.size: run.n_nv(fit.convention) for run in fit.runs}
     sizes = sorted(order, key=lambda size: order[size])
     vocabularies = sorted({run.model.codes for run in fit.runs})
-    figure = _figure(2.5 + 1.6 * len(vocabularies), 1.2 + 0.9 * len(sizes))
+    drawn = figure(2.5 + 1.6 * len(vocabularies), 1.2 + 0.9 * len(sizes))
     for k, overfitted in enumerate((True, False)):
         best = np.full((len(sizes), len(vocabularies)), np.nan)
         for run in fit.runs:
             if overfitted or not run.overfitted:
                 at = sizes.index(run.size), vocabularies.index(run.model.codes)
                 best[at] = np.nanmin([best[at], run.l_u.min()])
-        axes = figure.add_subplot(1, 2, k + 1)
+        axes = drawn.add_subplot(1, 2, k + 1)
         axes.imshow(best, cmap="viridis_r", aspect="auto")
         for (row, column), value in np.ndenumerate(best):
             text = "" if np.isnan(value) else f"{value:.2f}"
@@ -203,19 +149,19 @@ def _sizes(fit: Fit) -> Figure:
         axes.set_xticks(range(len(vocabularies)), [f"{codes:,d}" for codes in vocabularies], fontsize=8)
         axes.set_yticks(range(len(sizes)), sizes, fontsize=8)
         axes.set(xlabel="codes", title="all runs" if overfitted else "without overfitted")
-    return figure
+    return drawn
 
 
 def _held_out(fit: Fit) -> Figure | None:
     if not fit.held_out:
         return None
     measured, predicted = fit.held_out["measured"]["l_u"], fit.held_out["predicted"]
-    figure = _figure(6, 3.2)
-    axes = figure.add_subplot()
+    drawn = figure(6, 3.2)
+    axes = drawn.add_subplot()
     names = list(predicted)
     axes.barh(names, [predicted[name]["relative_error"] * 100 for name in names], color="#2878b5")
     axes.axvline(0, color="black", linewidth=1)
     for limit in (-2, 2):
         axes.axvline(limit, color="#b9305a", linestyle=":")
     axes.set(xlabel=f"error of L_u, % of the measured {measured:.3f}")
-    return figure
+    return drawn
