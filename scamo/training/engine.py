@@ -143,6 +143,10 @@ def build_engine(
         raise ScaMoError(f"DeepSpeed refuses {where} = {first['input']!r}: {first['msg']}") from None
     except DeepSpeedConfigError as error:
         raise ScaMoError(f"DeepSpeed refuses its configuration: {str(error).splitlines()[0]}") from None
+    if type(engine.optimizer).__name__ == "BF16_Optimizer":
+        # That of bfloat16 ZeRO-1 does not save its stage, and DeepSpeed's converter refuses what it saved.
+        state_dict = engine.optimizer.state_dict
+        engine.optimizer.state_dict = lambda: {**state_dict(), "zero_stage": 1}
     return engine
 
 

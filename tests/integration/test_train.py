@@ -24,6 +24,7 @@ from training_runs import (
     start_and_wait,
     train,
     wait_for_end,
+    weights,
 )
 
 from scamo.config import RunConfig, load_config
@@ -274,6 +275,21 @@ def test_a_zero_stage_that_deepspeed_cannot_convert_is_refused(folder, one_rank)
     assert "saved with ZeRO stage 3, this run has 2" in output
     assert "Traceback" not in output
     assert (one_rank[1] / "log.jsonl").read_bytes() == before
+
+
+def test_zero_1_in_bfloat16_exports_the_weights_that_it_trained(folder):
+    """DeepSpeed's optimizer for it saves no stage, and its converter then refuses the checkpoint."""
+    import torch
+
+    zero_1 = "--ds_config", "configs/ds_zero1.json"
+    train(folder, "zero1", 2, *zero_1, "--set", "training.steps=10")
+    states = next((folder / "zero1/checkpoints").rglob("mp_rank_00_model_states.pt"))
+    trained = torch.load(states, weights_only=False)["module"]
+    exported = {name: t for name, t in weights(folder / "zero1").items() if not name.startswith("ema ")}
+    assert exported.keys() == trained.keys()
+    for name, tensor in exported.items():
+        assert (tensor.dtype, trained[name].dtype) == (torch.float32, torch.bfloat16)
+        torch.testing.assert_close(tensor.bfloat16(), trained[name], rtol=0, atol=0)
 
 
 def test_a_sentence_embedding_trains_and_is_exported(folder):
