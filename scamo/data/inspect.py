@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from scamo.data.dataset import MotionDataset
+from scamo.data.dataset import Caption, MotionDataset
 from scamo.errors import ScaMoError
 from scamo.motion import measures
 from scamo.motion.representation import HUMANML3D, KIT_ML, SMPL_272, SNAPMOGEN, Representation
@@ -379,3 +379,20 @@ def clip_items(dataset: MotionDataset) -> Iterator[list[int]]:
     bounds = np.searchsorted(dataset.item_table[order, 0], np.arange(dataset.n_clips + 1))
     for clip in range(dataset.n_clips):
         yield order[bounds[clip] : bounds[clip + 1]].tolist()
+
+
+def captions_of_items(dataset: MotionDataset, items: Sequence[int], frames: int) -> Iterator[list[Caption]]:
+    """Of each item of a clip of `frames`, its captions as `DatasetWriter.add_clip` takes them.
+
+    Those of the whole clip have the tags 0, 0.
+    """
+    for at, item in enumerate(items):
+        start, end = dataset.item_table[item, 1:].tolist()
+        tags = 0.0, 0.0
+        if at or (start, end) != (0, frames):
+            # Half a frame, that none is lost by rounding.
+            tags = (start + 0.5) / dataset.fps, (end + 0.5) / dataset.fps
+        yield [
+            Caption(dataset.caption(caption), *tags, dataset.caption_meta(caption))
+            for caption in dataset.captions_of(item).tolist()
+        ]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scamo.data.dataset import Caption, DatasetWriter, MotionDataset
-from scamo.data.inspect import clip_items, step_errors
+from scamo.data.inspect import captions_of_items, clip_items, step_errors
 from scamo.data.split import place
 from scamo.errors import ScaMoError
 from scamo.motion.features import VARIANTS, features_to_joints, joints_to_features
@@ -166,17 +166,8 @@ class _Captions:
         ]
 
     def own(self, clip: int) -> list[Caption]:
-        source, captions = self.source, []
-        frames = len(source.clip_features(clip))
-        for at, item in enumerate(self.items[clip]):
-            start, end = source.item_table[item, 1:].tolist()
-            tags = 0.0, 0.0
-            if at or (start, end) != (0, frames):
-                # Half a frame, that none is lost by rounding.
-                tags = (start + 0.5) / source.fps, (end + 0.5) / source.fps
-            for caption in source.captions_of(item).tolist():
-                captions.append(Caption(source.caption(caption), *tags, source.caption_meta(caption)))
-        return captions
+        frames = len(self.source.clip_features(clip))
+        return [c for own in captions_of_items(self.source, self.items[clip], frames) for c in own]
 
     def noisy(self, clip: int) -> tuple[list[Caption], int]:
         """A clip's captions, and how many of them are swapped. What is kept beside a text goes with it."""

@@ -10,7 +10,7 @@ import csv
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from scamo.config import load_config, to_dict
 from scamo.data.dataset import SPLITS, Caption, DatasetWriter, MotionDataset
 from scamo.data.duplicates import LENGTHS, NEAR_MM, DuplicateIndex, Match, still_share
-from scamo.data.inspect import STATIC_SHARE, STILL_SPEED, clip_items
+from scamo.data.inspect import STATIC_SHARE, STILL_SPEED, captions_of_items, clip_items
 from scamo.data.split import VARIANT, Groups, Straddle, decide_splits, family, place, recording_of, spread
 from scamo.errors import ScaMoError
 from scamo.motion.files import replacing
@@ -528,7 +528,8 @@ def _write(
 
     def captions(at: int, whole: bool = False) -> list[Caption]:
         clip = clips[at]
-        return list(_captions(datasets[clip.source], clip, items[clip.source][clip.index], whole))
+        own = captions_of_items(datasets[clip.source], items[clip.source][clip.index], clip.frames)
+        return [c for item in own for c in item if not (whole and c.end_s)]
 
     written: dict[int, int] = {}
     for at, clip in enumerate(tqdm(clips, desc="write", unit="clip", disable=not progress)):
@@ -568,22 +569,6 @@ def _write(
         else:
             clip.refusal = "refused by the writer", ""
     return written
-
-
-def _captions(data: MotionDataset, clip: _Clip, items: list[int], whole: bool) -> Iterator[Caption]:
-    for at, item in enumerate(items):
-        start, end = data.item_table[item, 1:].tolist()
-        if at == 0 and (start, end) == (0, clip.frames):
-            tags = 0.0, 0.0
-        elif whole:
-            continue
-        else:
-            tags = (
-                (start + 0.5) / data.fps,
-                (end + 0.5) / data.fps,
-            )  # half a frame, that none is lost by rounding
-        for caption in data.captions_of(item):
-            yield Caption(data.caption(caption), *tags, data.caption_meta(caption))
 
 
 def _names(config: UnionConfig, clips: list[_Clip]) -> dict[int, str]:
