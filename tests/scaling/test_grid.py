@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scamo import cli
-from scamo.config import TokenizerConfig, load_config, to_dict
+from scamo.config import ModelConfig, TokenizerConfig, load_config, to_dict
 from scamo.errors import ScaMoError
 from scamo.scaling.grid import GridConfig, plan_grid, run_grid
 from scamo.scaling.points import read_run
@@ -141,7 +141,10 @@ def test_a_bad_grid_is_named(grid, override, message):
         run_grid(grid, overrides=(override,), dry_run=True, progress=False)
 
 
-def test_the_shipped_grid_is_read():
+@pytest.mark.parametrize("name", ["cpu", "gpu", "real", "bandai"])
+def test_the_shipped_grids_are_read(name):
     root = Path(__file__).resolve().parents[2]
-    config = load_config(GridConfig, root / "configs/scaling_cpu.toml")
-    assert [model.width for model in config.models] == sorted(model.width for model in config.models)
+    config = load_config(GridConfig, root / f"configs/scaling_{name}.toml")
+    widths = [ModelConfig(**to_dict(model), codes=1, text_width=1).width for model in config.models]
+    assert widths == sorted(widths)
+    assert (root / config.ds_config).exists()
