@@ -172,7 +172,7 @@ def _sample_block(logits: Tensor, keys: NDArray, step: NDArray, sampling: Sampli
     if 0 < sampling.top_k < logits.shape[-1]:
         logits, index = logits.topk(sampling.top_k, dim=-1)
     score, weight, spare, noisy = _workspace(*logits.shape)
-    np.divide(logits.float().numpy(), sampling.temperature, out=score)
+    np.divide(logits.float().numpy(), sampling.temperature, out=score, dtype=np.float64)
     noisy = _noise_into(noisy, spare, keys, step, None if index is None else index.numpy())
     noisy += score
     if sampling.min_p or sampling.top_p < 1:
