@@ -1266,6 +1266,7 @@ def evaluate(
     top_k: int = 0,
     top_p: float = 1.0,
     greedy: bool = False,
+    items: int = 0,
     mm_texts: int = 100,
     batch_size: int = 32,
     out: Path | None = None,
@@ -1290,6 +1291,7 @@ def evaluate(
         top_k: sample among the k likeliest tokens only; 0 means all.
         top_p: sample among the likeliest tokens that have this much probability together.
         greedy: take the likeliest token every time.
+        items: of the split, drawn once for all models; 0 means all.
         mm_texts: sentences of the multimodality, 30 motions each in every repeat; 0 leaves it out.
         batch_size: sentences generated at a time; the numbers do not depend on it.
         out: where to write the report; RUN/evaluation/PROTOCOL-SPLIT-DATASET.json and .md without it.
@@ -1299,7 +1301,7 @@ def evaluate(
     if protocol == "text-following":
         _text_following_only(
             {"--evaluator": evaluator, "--dataset": dataset, "--top-k": top_k, "--again": again}
-            | {"--top-p": top_p != 1, "--split": split != "test"}
+            | {"--top-p": top_p != 1, "--split": split != "test", "--items": items}
         )
         from scamo.evaluation.run_text_following import run_text_following
 
@@ -1321,6 +1323,7 @@ def evaluate(
         top_k=top_k,
         top_p=top_p,
         greedy=greedy,
+        items=items,
         mm_texts=mm_texts,
         batch_size=batch_size,
     )
@@ -1676,6 +1679,7 @@ def study_metrics(
     split: str = "test",
     temperature: float = 1.0,
     seed: int = 0,
+    items: int = 0,
     text_following: bool = True,
     device: str = "auto",
     dry_run: bool = False,
@@ -1690,6 +1694,7 @@ def study_metrics(
         split: whose captions are the prompts.
         temperature: of the sampling.
         seed: of the sampling.
+        items: of the split, drawn once; 0 means all.
         text_following: also with the checked-in prompts of the synthetic corpus.
         device: auto, cpu or cuda.
         dry_run: only print the runs.
@@ -1704,6 +1709,7 @@ def study_metrics(
         split=split,
         temperature=temperature,
         seed=seed,
+        items=items,
         text_following=text_following,
         device=device,
         dry_run=dry_run,

@@ -54,8 +54,9 @@ Motions = list[NDArray[np.float32]]
 class Settings:
     """What an evaluation is a function of, besides data and weights.
 
-    pool, cosine_pool: motions that a sentence's own is looked for among, by distance and by cosine. pairs: of
-    the diversity. mm_*: texts, generations of each and pairs of the multimodality; 0 texts leave it out.
+    items: how many of the split, drawn once for every model; 0 for all. pool, cosine_pool: motions that a
+    sentence's own is looked for among, by distance and by cosine. pairs: of the diversity. mm_*: texts,
+    generations of each and pairs of the multimodality; 0 texts leave it out.
     """
 
     protocol: str = "humanml3d"
@@ -66,6 +67,7 @@ class Settings:
     top_k: int = 0
     top_p: float = 1.0
     greedy: bool = False
+    items: int = 0
     pool: int = 32
     cosine_pool: int = 100
     pairs: int = 300
@@ -82,6 +84,8 @@ class Settings:
         for name in ("repeats", "pool", "cosine_pool", "pairs", "mm_pairs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ScaMoError(f"{name} = {getattr(self, name)}: expected 1 or more")
+        if self.items < 0 or 0 < self.items < self.pool:
+            raise ScaMoError(f"items = {self.items}: expected 0 for all, or at least a pool of {self.pool}")
         if self.pool < TOP_K:
             raise ScaMoError(f"pool = {self.pool}: expected at least {TOP_K}")
         if self.mm_texts < 0 or (self.mm_texts and self.mm_generations <= self.mm_pairs):
@@ -262,7 +266,7 @@ class _Ledger:
 
 
 def _items(data: MotionDataset, judge: Evaluator, settings: Settings) -> tuple[NDArray[np.int64], int]:
-    """The items that are compared, and how many the humanml3d protocol's filter of lengths left out.
+    """The items that are to be compared, and how many the humanml3d protocol's filter of lengths left out.
 
     Raises ScaMoError naming an item that is shorter than the evaluator (or a step of the protocols) needs.
     """
@@ -309,6 +313,10 @@ class _Evaluation:
                 )
                 + f", a pool needs {settings.pool}"
             )
+        if 0 < settings.items < len(self.items):
+            self.caveats["items"] = f"a fixed sample of {settings.items:,d} of {len(self.items):,d}"
+            drawn = np.random.default_rng(0).permutation(len(self.items))[: settings.items]
+            self.items = self.items[np.sort(drawn)]
         self.clips = source_clips(data, self.items)
         self.row_clips = self.clips  # source clips of the rows whose values are kept one by one
         names = ["real"] if model is None else ["real", "reconstruction", "generated"]

@@ -142,6 +142,7 @@ def run_metrics_study(
     split: str = "test",
     temperature: float = 1.0,
     seed: int = 0,
+    items: int = 0,
     pool: int = 32,
     text_following: bool = True,
     draws: int = DRAWS,
@@ -161,6 +162,7 @@ def run_metrics_study(
         protocol: of the evaluation, humanml3d or strict.
         split: of the dataset, whose captions are the prompts.
         temperature, seed: of the sampling.
+        items: of the split, drawn once; 0 for all.
         pool: motions that a sentence's own is looked for among.
         text_following: also measure whether motions do what the checked-in prompts say.
         draws: resamples for the 95% intervals.
@@ -176,7 +178,13 @@ def run_metrics_study(
             measured with this evaluator, or OUT holds a study of other settings.
     """
     settings = Settings(
-        protocol=protocol, split=split, temperature=temperature, seed=seed, pool=pool, mm_texts=0
+        protocol=protocol,
+        split=split,
+        temperature=temperature,
+        seed=seed,
+        items=items,
+        pool=pool,
+        mm_texts=0,
     )
     runs, folders, warnings = _finished(Path(grid))
     config = read_json(folders[0] / "config.json")

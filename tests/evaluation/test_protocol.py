@@ -314,6 +314,16 @@ def test_an_evaluator_alone_has_the_real_row(evaluator, corpus, strict, tmp_path
     assert report["rows"][0] == strict["rows"][0]
 
 
+def test_a_sample_of_the_split_is_measured_and_named(evaluator, corpus, strict, tmp_path):
+    settings = replace(STRICT, items=STRICT.pool)
+    reports = [measure(None, evaluator, settings, dataset=corpus, out=tmp_path / name) for name in "ab"]
+    assert reports[0]["dataset"]["items"] == STRICT.pool < strict["dataset"]["items"]
+    assert reports[0]["rows"] == reports[1]["rows"] != strict["rows"][:1]
+    assert "items, mind: a fixed sample of 32 of" in (tmp_path / "a.md").read_text()
+    with pytest.raises(ScaMoError, match="items = 5: expected 0 for all, or at least a pool of"):
+        replace(STRICT, items=5)
+
+
 def test_what_needs_more_motions_is_left_out_with_the_reason(make_run, evaluator, tmp_path):
     settings = replace(
         QUICK, repeats=1, pairs=300, cosine_pool=100, mm_texts=50, mm_generations=3, split="val"
