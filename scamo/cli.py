@@ -863,17 +863,33 @@ def scaling_fit(
 @scaling.command(name="predict")
 def scaling_predict(
     *,
-    flops: float,
+    flops: float | None = None,
     fit: Path | None = None,
+    grid: Path | None = None,
+    set: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")]] = (),
 ) -> None:
-    """Print the model size, vocabulary, tokens and L_u that the laws ask for at a compute.
+    """Print the model size, vocabulary, tokens and L_u that the laws ask for at a compute, or L_u of a grid's runs.
 
     Args:
         flops: of forward and backward, for example 1e18.
         fit: fit.json of `scamo scaling fit`; without it the paper's printed laws.
+        grid: the TOML of a grid instead: L_u of each of its runs, before they are made.
+        set: override a key of the grid; may be repeated.
     """
-    from scamo.scaling.predict import predict, predict_printed, read_fit, table
+    from scamo.scaling.predict import predict, predict_printed, predict_runs, read_fit, runs_table, table
 
+    if (flops is None) == (grid is None):
+        raise ScaMoError("name a compute, --flops, or the runs of a grid, --grid, and not both")
+    if grid is not None:
+        from scamo.config import load_config
+        from scamo.scaling.grid import GridConfig, plan_grid
+
+        if fit is None:
+            raise ScaMoError("--grid needs --fit: the printed laws say nothing of single runs")
+        planned = plan_grid(load_config(GridConfig, grid, set))
+        print(runs_table(predict_runs(read_fit(fit), planned)))
+        return
+    assert flops is not None
     if fit is None:
         print(table([predict_printed(flops)]))
         return

@@ -101,10 +101,13 @@ class GridConfig:
 
 @dataclass(frozen=True)
 class Planned:
-    """A run of the grid. why: it is left out, "" if it is not. flops, tokens, epochs: of the whole run."""
+    """A run of the grid. codes: its vocabulary K. why: it is left out, "" if it is not. flops, tokens, epochs:
+    of the whole run.
+    """
 
     name: str
     config: RunConfig
+    codes: int
     budget: float
     flops: float
     tokens: float
@@ -172,6 +175,7 @@ def plan_grid(config: GridConfig, *, progress: bool = True) -> list[Planned]:
                                     keep_checkpoints=1,
                                 ),
                             ),
+                            tokens.codes,
                             budget,
                             flops,
                             scored,
@@ -260,9 +264,8 @@ def table(planned: list[Planned]) -> str:
     ]
     for run in planned:
         model, training = run.config.model, run.config.training
-        codes = int(run.name.split("_")[-2])
         lines.append(
-            f"| {run.name} | {block_parameters(model):.3g} | {codes * model.width:.3g} | {training.steps:,d} "
+            f"| {run.name} | {block_parameters(model):.3g} | {run.codes * model.width:.3g} | {training.steps:,d} "
             f"| {training.learning_rate:.2g} | {run.flops:.3g} | {run.tokens:.3g} | {run.epochs:.2f} "
             f"| {run.why and 'left out: ' + run.why} |"
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from scamo.scaling.fit import FORMAT
 from scamo.scaling.flops import block_parameters
 from scamo.scaling.laws import LogLaw, PowerLaw, Surface, interval
 from scamo.scaling.paper import PRINTED, forward_flops
+
+if TYPE_CHECKING:
+    from scamo.scaling.grid import Planned
 
 # Beyond a decade from the points that a law was fitted to, its words are worth little.
 DECADE = 10.0
@@ -112,6 +116,40 @@ def predict(fit: dict[str, Any], compute: float) -> tuple[list[Prediction], list
         }
         found.append(_prediction(f"{name} surface", compute, values, sizes, paper=paper))
     return found, warnings
+
+
+def predict_runs(fit: dict[str, Any], planned: Sequence[Planned]) -> list[tuple[str, dict[str, Estimate]]]:
+    """L_u of each run of a grid by each surface of a fit, before it is made: (name, {surface: nats}).
+
+    planned: of `scamo.scaling.grid.plan_grid`; runs that are left out are not foretold. Raises ScaMoError for
+    a fit in the paper's units, which the plan is not in.
+    """
+    if fit["convention"] != "counted":
+        raise ScaMoError("a grid is planned in FLOPs as counted here: fit with --convention counted")
+    found = []
+    for run in planned:
+        if run.why:
+            continue
+        model = run.config.model
+        at = float(block_parameters(model)), float(run.codes * model.width), run.tokens
+        values = {
+            name: Estimate(
+                float(_surface(stored)(*at)),
+                *interval([float(_surface(draw)(*at)) for draw in stored["draws"]]),
+            )
+            for name, stored in fit["surfaces"].items()
+        }
+        found.append((run.name, values))
+    return found
+
+
+def runs_table(predictions: list[tuple[str, dict[str, Estimate]]]) -> str:
+    """Markdown, a row a run."""
+    names = list(predictions[0][1]) if predictions else []
+    lines = ["| run | " + " | ".join(f"L_u, {name} surface" for name in names) + " |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    lines += [f"| {run} | " + " | ".join(str(values[n]) for n in names) + " |" for run, values in predictions]
+    return "\n".join(lines)
 
 
 def predict_printed(compute: float) -> Prediction:
