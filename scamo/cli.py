@@ -868,7 +868,7 @@ def scaling_predict(
     grid: Path | None = None,
     set: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")]] = (),
 ) -> None:
-    """Print the model size, vocabulary, tokens and L_u that the laws ask for at a compute, or L_u of a grid's runs.
+    """Print the model size, vocabulary, tokens and L_u that the laws ask for at a compute.
 
     Args:
         flops: of forward and backward, for example 1e18.

@@ -101,9 +101,7 @@ class GridConfig:
 
 @dataclass(frozen=True)
 class Planned:
-    """A run of the grid. codes: its vocabulary K. why: it is left out, "" if it is not. flops, tokens, epochs:
-    of the whole run.
-    """
+    """A run of the grid. codes: its vocabulary. why: it is left out, or "". flops, tokens, epochs: in all."""
 
     name: str
     config: RunConfig
@@ -265,9 +263,9 @@ def table(planned: list[Planned]) -> str:
     for run in planned:
         model, training = run.config.model, run.config.training
         lines.append(
-            f"| {run.name} | {block_parameters(model):.3g} | {run.codes * model.width:.3g} | {training.steps:,d} "
-            f"| {training.learning_rate:.2g} | {run.flops:.3g} | {run.tokens:.3g} | {run.epochs:.2f} "
-            f"| {run.why and 'left out: ' + run.why} |"
+            f"| {run.name} | {block_parameters(model):.3g} | {run.codes * model.width:.3g} "
+            f"| {training.steps:,d} | {training.learning_rate:.2g} | {run.flops:.3g} | {run.tokens:.3g} "
+            f"| {run.epochs:.2f} | {run.why and 'left out: ' + run.why} |"
         )
     chosen = [run for run in planned if not run.why]
     total = float(np.sum([run.flops for run in chosen]))

@@ -118,8 +118,10 @@ def _line(x: Array, y: Array) -> tuple[float, float, float]:
 
 
 def _r2(y: Array, fitted: Array) -> float:
-    total = float(((y - y.mean()) ** 2).sum())
-    return 1 - float(((y - fitted) ** 2).sum()) / total if total > 0 else float("nan")
+    """NaN where all of y are equal but for rounding."""
+    if np.ptp(y) <= 1e-9 * np.abs(y).max():
+        return float("nan")
+    return 1 - float(((y - fitted) ** 2).sum() / ((y - y.mean()) ** 2).sum())
 
 
 # -- a surface -----------------------------------------------------------------------------------------------

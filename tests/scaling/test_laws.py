@@ -32,6 +32,7 @@ def test_a_power_law_without_noise_is_exact():
     x = np.geomspace(1e12, 1e18, 7)
     law = fit_power_law(x, 10**-0.52 * x**0.57)
     assert (law.exponent, law.intercept, law.r2) == pytest.approx((0.57, -0.52, 1.0), abs=1e-12)
+    assert np.isnan(fit_power_law([1e12, 3e12, 9e12], [28768.0] * 3).r2)
     assert law(1e20) == pytest.approx(10 ** (-0.52 + 0.57 * 20))
 
 

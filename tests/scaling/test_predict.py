@@ -6,10 +6,13 @@ import math
 import pytest
 
 from scamo import cli
+from scamo.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from scamo.errors import ScaMoError
 from scamo.scaling.fit import fit_runs, write_fit
+from scamo.scaling.flops import block_parameters
+from scamo.scaling.grid import Planned
 from scamo.scaling.laws import Surface
-from scamo.scaling.predict import predict, predict_printed, read_fit, table
+from scamo.scaling.predict import predict, predict_printed, predict_runs, read_fit, runs_table, table
 
 LAW = Surface(5.0, ((0.1, 0.35), (-0.5, 0.3), (0.3, 0.3)), (2e5, 4e4, 1e6), 0, 0)
 
@@ -53,6 +56,24 @@ def test_a_prediction_is_what_the_laws_say(fit):
     true = LAW.best(compute, lambda n, v: a * n + b * v)
     assert surface.l_u.value == pytest.approx(true[3], abs=0.02)
     assert "| additive surface |" in table(found)
+
+
+def test_the_runs_of_a_grid_are_foretold(fit):
+    model = ModelConfig(size="", layers=3, heads=2, width=64)
+    config = RunConfig(DataConfig("corpus"), model, TrainingConfig())
+    planned = [
+        Planned(name, config, 512, 3e14, 3e14, 2e7, 1.0, why) for name, why in (("a", ""), ("b", "no"))
+    ]
+    [(name, values)] = predict_runs(fit, planned)
+    assert name == "a"
+    assert set(values) == {"additive", "coupled"}
+    true = float(LAW(block_parameters(model), 512 * 64, 2e7))
+    for value in values.values():
+        assert value.value == pytest.approx(true, abs=0.02)
+        assert value.low <= value.value <= value.high
+    assert "| a | " in runs_table([(name, values)])
+    with pytest.raises(ScaMoError, match="fit with --convention counted"):
+        predict_runs(fit | {"convention": "paper"}, planned)
 
 
 def test_beyond_a_decade_it_warns(fit):
