@@ -16,6 +16,7 @@ import resource
 import shutil
 import signal
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from scamo.scaling.flops import attended_pairs, stated_peak, training_flops
 from scamo.scaling.memory import Zero, checkpoint_bytes
 from scamo.tokenizers import load_tokenizer
 from scamo.training import checkpoint as ckpt
-from scamo.training.ds_config import read_ds_config, resolve_ds_config, resolve_precision
+from scamo.training.ds_config import Precision, read_ds_config, resolve_ds_config, resolve_precision
 from scamo.training.ema import Ema, read_ema
 from scamo.training.engine import (
     Ranks,
@@ -76,6 +77,7 @@ class Job:
     text_encoder: str
     folder: Path
     notes: list[str]
+    format: str = FORMAT
 
     @property
     def training(self) -> TrainingConfig:
@@ -117,16 +119,26 @@ def train(
         ScaMoError: bad input, on all ranks alike and before anything is written; or a checkpoint that cannot
             be written, perhaps on one rank only.
     """
+    return run(_prepare, _Loop, config, ds_config, world=world, resume=resume, overwrite=overwrite)
+
+
+def run(
+    prepare: Callable[..., Job],
+    loop: type[_Loop],
+    config: Any,
+    ds_config: Path,
+    *,
+    world: World | None,
+    resume: bool,
+    overwrite: bool,
+) -> int:
+    """`train` for a kind of model: what checks its configuration, and the loop that knows its batches."""
     world = world or World.from_environment()
     with StopFlag(world.size) as stop:
-        job = _prepare(config, ds_config, world, resume=resume, overwrite=overwrite)
+        job = prepare(config, ds_config, world, resume=resume, overwrite=overwrite)
         ranks = Ranks(world, job.device)
         torch.manual_seed(config.training.seed)
-        model = PrefixLM(
-            job.config.model,
-            impl=config.training.kernels,
-            checkpoint_activations=config.training.checkpoint_activations,
-        )
+        model = loop.make_model(job)
         # Before the engine: whether it reads a universal checkpoint is part of its configuration.
         source = None
         if resume:
@@ -134,8 +146,8 @@ def train(
         ds = {**job.ds_config, "checkpoint": {**job.ds_config.get("checkpoint", {})}}
         ds["checkpoint"]["load_universal"] = source is not None and source.converted is not None
         engine = build_engine(model, ds, job.training, job.device)
-        loop = _Loop(job, ranks, engine, stop, parameters=_count(model))
-        status = loop.run(source, resume=resume, overwrite=overwrite)
+        running = loop(job, ranks, engine, stop, parameters=_count(model))
+        status = running.run(source, resume=resume, overwrite=overwrite)
     ranks.close()
     return status
 
@@ -153,14 +165,8 @@ def _prepare(config: RunConfig, ds_path: Path, world: World, *, resume: bool, ov
     """All checks that need no other rank and write nothing."""
     training = config.training
     folder = Path(training.run)
-    _check_folder(folder, resume=resume, overwrite=overwrite)
-    raw = read_ds_config(ds_path)
-    device = choose_device(world)
-    name, native = device_facts(device)
-    precision = resolve_precision(
-        raw.get("bf16", {}).get("enabled", "auto"), name, native, cuda=device.type == "cuda", path=ds_path
-    )
-    resolved = resolve_ds_config(raw, training, world=world.size, bf16=precision.bf16, path=ds_path)
+    check_folder(folder, resume=resume, overwrite=overwrite)
+    resolved, device, precision = resolve_machine(training, ds_path, world)
 
     dataset = MotionDataset.open(config.data.dataset)
     tokens = dataset.tokens(config.data.tokens)
@@ -191,8 +197,22 @@ def _prepare(config: RunConfig, ds_path: Path, world: World, *, resume: bool, ov
     )
     job.notes.extend(f"left out of training: {n} items {why}" for why, n in plan.excluded.items() if n)
     if resume and (folder / "config.json").is_file():
-        job.notes += _check_same_run(job)
+        job.notes += check_same_run(job)
     return job
+
+
+def resolve_machine(
+    training: TrainingConfig, ds_path: Path, world: World
+) -> tuple[dict[str, Any], torch.device, Precision]:
+    """DeepSpeed's configuration without an "auto", this rank's device, and the precision."""
+    raw = read_ds_config(ds_path)
+    device = choose_device(world)
+    name, native = device_facts(device)
+    precision = resolve_precision(
+        raw.get("bf16", {}).get("enabled", "auto"), name, native, cuda=device.type == "cuda", path=ds_path
+    )
+    resolved = resolve_ds_config(raw, training, world=world.size, bf16=precision.bf16, path=ds_path)
+    return resolved, device, precision
 
 
 def _complete_model(model: ModelConfig, *, codes: int, text_width: int) -> ModelConfig:
@@ -214,7 +234,8 @@ def _check_tokenizer(folder: str, tokens: TokenStore, model: ModelConfig) -> Non
         raise ScaMoError(f"data.tokenizer = {folder}: another tokenizer made the tokens in {tokens.folder}")
 
 
-def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises ScaMoError when the run's folder is occupied and may be neither continued nor replaced."""
     if not folder.exists():
         return
     # A start that was cut off may have left config.json.partial.
@@ -225,15 +246,15 @@ def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise ScaMoError(f"{folder} exists and is not a training run: it is not overwritten")
 
 
-def _check_same_run(job: Job) -> list[str]:
+def check_same_run(job: Job) -> list[str]:
     """Compare with the run's config.json: what moves the curve must be as it was. Returns notes."""
     path = job.folder / "config.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ScaMoError(f"{path}: not readable: {error}") from None
-    if stored.get("format") != FORMAT:
-        raise ScaMoError(f"{path}: format {stored.get('format')!r}, expected {FORMAT!r}")
+    if stored.get("format") != job.format:
+        raise ScaMoError(f"{path}: format {stored.get('format')!r}, expected {job.format!r}")
     for name, digest in job.fingerprint.items():
         if stored["fingerprint"].get(name) != digest:
             raise ScaMoError(
@@ -242,7 +263,7 @@ def _check_same_run(job: Job) -> list[str]:
     notes = []
     now = to_dict(job.config)
     # A key that the run did not know yet had, in effect, its default.
-    defaults = to_dict(RunConfig(DataConfig(dataset="any")))
+    defaults = to_dict(type(job.config)(DataConfig(dataset="any")))
     for section in ("model", "training"):
         for key, value in now[section].items():
             before = stored[section].get(key, defaults[section][key])
@@ -278,6 +299,37 @@ class _Loop:
         self.ema: Ema | None = None
         # FLOP/s of one device, 0 if unknown.
         self.peak = 1e12 * self.training.peak_tflops or stated_peak(device_facts(job.device)[0])
+
+    # -- what depends on the kind of model -------------------------------------------------------------------
+
+    @staticmethod
+    def make_model(job: Job) -> torch.nn.Module:
+        return PrefixLM(
+            job.config.model,
+            impl=job.training.kernels,
+            checkpoint_activations=job.training.checkpoint_activations,
+        )
+
+    def _loader(self) -> PackedLoader:
+        job, ranks = self.job, self.ranks
+        return PackedLoader(job.dataset, "train", job.plan, rank=ranks.rank, world=ranks.size)
+
+    def _pairs(self, batch: PackedBatch) -> int:
+        """(query, key) pairs of a batch."""
+        return attended_pairs(batch.cu_seqlens.diff(), self.job.config.model.both_ways(batch.prefix_lengths))
+
+    def _weight(self, step: int) -> float:
+        """What the sums of a step's losses are divided by."""
+        return self.job.plan.scored(step)
+
+    def _scored(self, step: int) -> int:
+        """Tokens of a step that have a loss, over all ranks."""
+        return self.job.plan.scored(step)
+
+    def _flops(self, window: _Window) -> float:
+        return training_flops(
+            self.job.config.model, positions=window.positions, scored=window.scored, pairs=window.pairs
+        )
 
     # -- the run ---------------------------------------------------------------------------------------------
 
@@ -327,7 +379,7 @@ class _Loop:
             ckpt.remove_partial(job.checkpoints)
             ckpt.unseal_after(job.checkpoints, start)
             record = {
-                "format": FORMAT,
+                "format": job.format,
                 **to_dict(job.config),
                 "fingerprint": job.fingerprint,
                 "text_encoder": job.text_encoder,
@@ -366,25 +418,23 @@ class _Loop:
     def _train(self, start: int) -> tuple[int, int]:
         """Updates from `start` on. Returns (status, updates done)."""
         training, ranks, engine = self.training, self.ranks, self.engine
-        both_ways = self.job.config.model.both_ways
         self.engine.train()
         window = _Window()
         plan = self.job.plan
-        loader = PackedLoader(self.job.dataset, "train", plan, rank=ranks.rank, world=ranks.size)
-        steps = loader.steps(start, training.steps, pin=self.job.device.type == "cuda")
+        steps = self._loader().steps(start, training.steps, pin=self.job.device.type == "cuda")
         for step in range(start, training.steps):
             self.stop.beat()
             began = time.perf_counter()
             packed = next(steps)
             waited = time.perf_counter() - began
-            pairs = sum(attended_pairs(b.cu_seqlens.diff(), both_ways(b.prefix_lengths)) for b in packed)
+            pairs = sum(self._pairs(batch) for batch in packed)
             batches = [batch.to(self.job.device, non_blocking=True) for batch in packed]
-            scored = plan.scored(step)
+            weight = self._weight(step)
             rate = learning_rate(step, training)
             set_learning_rate(engine, rate)
 
             # DeepSpeed averages over ranks and accumulation; the loss is a mean over the tokens of the step.
-            scale = ranks.size * self.accumulation / scored
+            scale = ranks.size * self.accumulation / weight
             sums = []
             for index, batch in enumerate(batches):
                 loss_sum = engine(batch).loss_sum
@@ -406,12 +456,12 @@ class _Loop:
                 self.ema.update(step)
 
             done = step + 1
-            loss = sum(losses) / scored
+            loss = sum(losses) / weight
             seconds = time.perf_counter() - began
             window.add(
                 seconds=seconds,
                 positions=plan.positions(step),
-                scored=scored,
+                scored=self._scored(step),
                 pairs=int(table[:, 2].sum()),
                 waited=float(table[:, 1].max()),
             )
@@ -437,9 +487,7 @@ class _Loop:
     def _log_step(self, done: int, loss: float, rate: float, window: _Window) -> None:
         assert self.log is not None
         norm = self.engine.get_global_grad_norm()
-        flops = training_flops(
-            self.job.config.model, positions=window.positions, scored=window.scored, pairs=window.pairs
-        )
+        flops = self._flops(window)
         self.log.write(
             "train",
             step=done,
@@ -486,7 +534,7 @@ class _Loop:
         """Cross-entropy and L_u (paper Eq. 8) over the val split, each item once with its first caption."""
         job, ranks, engine = self.job, self.ranks, self.engine
         began = time.perf_counter()
-        mine = iter(validation_batches(job.dataset, "val", job.plan, rank=ranks.rank, world=ranks.size))
+        mine = iter(self._validation_batches())
         engine.eval()
         rows: list[Tensor] = []
         limit = self.training.validate_batches
@@ -505,28 +553,37 @@ class _Loop:
             if not bool(table[:, 0].any()):
                 break
             real = batch is not None
-            batch = (batch or self._dummy()).to(job.device)
-            loss_sum = engine(batch).loss_sum.double()
-            unigram = unigram_cross_entropy(self.job.counts, batch.targets).sum()
-            row = torch.stack([loss_sum, unigram, torch.tensor(float(batch.n_scored), device=job.device)])
-            rows.append(row.double() if real else torch.zeros_like(row.double()))
+            row = self._validation_row((batch or self._dummy()).to(job.device)).double()
+            rows.append(row if real else torch.zeros_like(row))
         engine.train()
         if not rows:
             return
-        table = ranks.gather_vector(torch.cat(rows)).view(ranks.size, len(rows), 3)
-        totals = [sum(_in_order(table[:, :, k])) for k in range(3)]
-        ce, unigram_ce = totals[0] / totals[2], totals[1] / totals[2]
+        table = ranks.gather_vector(torch.cat(rows)).view(ranks.size, len(rows), -1)
+        values, message = self._validation_values([sum(_in_order(column)) for column in table.unbind(2)])
         if ranks.rank == 0 and self.log:
-            self.log.write(
-                "val",
-                step=done,
-                loss=ce,
-                l_u=ce - unigram_ce,
-                unigram=unigram_ce,
-                motion_tokens=int(totals[2]),
-                seconds=round(time.perf_counter() - began, 3),
-            )
-        self.say(f"step {done}: validation loss {ce:.4f}, L_u {ce - unigram_ce:+.4f}")
+            self.log.write("val", step=done, **values, seconds=round(time.perf_counter() - began, 3))
+        self.say(f"step {done}: {message}")
+
+    def _validation_batches(self) -> Iterable[PackedBatch]:
+        job, ranks = self.job, self.ranks
+        return validation_batches(job.dataset, "val", job.plan, rank=ranks.rank, world=ranks.size)
+
+    def _validation_row(self, batch: PackedBatch) -> Tensor:
+        """Of a batch on the device: sums to be added up over all batches (n,)."""
+        loss_sum = self.engine(batch).loss_sum.double()
+        unigram = unigram_cross_entropy(self.job.counts, batch.targets).sum()
+        return torch.stack([loss_sum, unigram, torch.tensor(float(batch.n_scored), device=self.job.device)])
+
+    def _validation_values(self, totals: list[float]) -> tuple[dict[str, Any], str]:
+        """Of the sums: what is logged, and said."""
+        ce, unigram_ce = totals[0] / totals[2], totals[1] / totals[2]
+        values = {
+            "loss": ce,
+            "l_u": ce - unigram_ce,
+            "unigram": unigram_ce,
+            "motion_tokens": int(totals[2]),
+        }
+        return values, f"validation loss {ce:.4f}, L_u {ce - unigram_ce:+.4f}"
 
     def _dummy(self) -> PackedBatch:
         """One sample of one token: keeps a rank without data in step."""
@@ -617,17 +674,22 @@ class _Loop:
         with self.stop.busy():
             manifest = ckpt.verify_checkpoint(folder, self.ranks)
             if self.ranks.rank == 0:
-                export_model(
-                    job.folder / "export",
-                    model_state(folder, manifest["tag"]),
-                    job.config.model,
-                    job.config.data.tokenizer,
-                    job.text_encoder,
-                    fps=job.dataset.fps,
-                    ema=read_ema(folder) if self.ema else None,
-                )
+                average = read_ema(folder) if self.ema else None
+                self._write_export(model_state(folder, manifest["tag"]), average)
             self.ranks.barrier()
         self.say(f"exported to {job.folder / 'export'}")
+
+    def _write_export(self, state: dict[str, Tensor], average: dict[str, Tensor] | None) -> None:
+        job = self.job
+        export_model(
+            job.folder / "export",
+            state,
+            job.config.model,
+            job.config.data.tokenizer,
+            job.text_encoder,
+            fps=job.dataset.fps,
+            ema=average,
+        )
 
 
 @dataclass
